@@ -1,0 +1,15 @@
+"""Transforms of a group's input, by the name that ``--transform`` takes. A new one is a module here, a test and a line below."""
+
+from __future__ import annotations
+
+from fqonnx.calib.transforms.base import FittedTransform, Problem, Transform
+
+TRANSFORMS: dict[str, str] = {
+    "none": "fqonnx.calib.transforms.none:NoTransform",
+    "smooth": "fqonnx.calib.transforms.smooth:Smooth",
+    "hadamard": "fqonnx.calib.transforms.hadamard:Hadamard",
+    "flatquant": "fqonnx.calib.transforms.flatquant:FlatQuant",
+}
+"""Name -> ``module:class``; resolved on first use, so that reading the choices does not import torch."""
+
+__all__ = ["TRANSFORMS", "FittedTransform", "Problem", "Transform"]

@@ -1,0 +1,101 @@
+"""The recipe: every choice of a build, validated once. Nothing downstream checks these values again."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fqonnx.errors import UsageError
+
+GROUP_SIZES = (0, 32, 64, 128)
+"""Weights that share one scale along K; 0 is one scale per output channel."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Bit widths of a linear: ``weight_bits`` symmetric weights, ``activation_bits`` symmetric per-token activations (16: float)."""
+
+    name: str
+    weight_bits: int
+    activation_bits: int
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether activations are rounded to integers at run time."""
+        return self.activation_bits < 16
+
+
+SCHEMES = {s.name: s for s in (Scheme("w4a4", 4, 4), Scheme("w4a8", 4, 8), Scheme("w8a8", 8, 8), Scheme("w4a16", 4, 16), Scheme("w8a16", 8, 16))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What to build, in the field's terms.
+
+    Attributes:
+        scheme: A key of ``SCHEMES``.
+        transform: A key of ``fqonnx.calib.transforms.TRANSFORMS``.
+        weights: A key of ``fqonnx.calib.weights.WEIGHT_QUANTIZERS``.
+        group_size: Weights along K that share a scale, one of ``GROUP_SIZES``; 0 is per output channel.
+        keep: Regular expressions (``re.search``) on linear names; what matches stays in float.
+        quantize_head: Quantize the vocabulary projection (lm_head) too.
+        seed: Seed of every random choice: token reservoir, random rotations, training order.
+        steps: Training steps of a learned transform per group; None takes the transform's own default.
+
+    Raises:
+        UsageError: A value is not one of the choices; the message lists them.
+    """
+
+    scheme: str = "w4a4"
+    transform: str = "flatquant"
+    weights: str = "gptq"
+    group_size: int = 0
+    keep: tuple[str, ...] = ()
+    quantize_head: bool = False
+    seed: int = 0
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        from fqonnx.calib.transforms import TRANSFORMS
+        from fqonnx.calib.weights import WEIGHT_QUANTIZERS
+
+        _one_of("scheme", self.scheme, SCHEMES)
+        _one_of("transform", self.transform, TRANSFORMS)
+        _one_of("weights", self.weights, WEIGHT_QUANTIZERS)
+        _one_of("group size", self.group_size, GROUP_SIZES)
+        if not 0 <= self.seed < 2**31:
+            raise UsageError(f"seed {self.seed} is out of range: give an integer from 0 to 2147483647")
+        if self.steps is not None and self.steps < 1:
+            raise UsageError(f"steps {self.steps} is out of range: give 1 or more")
+        for pattern in self.keep:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UsageError(f"--keep {pattern!r} is not a regular expression: {error}") from None
+
+    @property
+    def bits(self) -> Scheme:
+        """The scheme's bit widths."""
+        return SCHEMES[self.scheme]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, for the manifest; ``Recipe.from_dict`` reads it back."""
+        return asdict(self) | {"keep": list(self.keep)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """A recipe from plain JSON types.
+
+        Raises:
+            UsageError: An unknown key or a value out of its choices.
+        """
+        unknown = sorted(set(values) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise UsageError(f"unknown recipe key {unknown[0]!r}: choose from {', '.join(cls.__dataclass_fields__)}")
+        return cls(**{**values, "keep": tuple(values.get("keep", ()))})
+
+
+def _one_of(what: str, value: object, choices: Any) -> None:
+    if value not in choices:
+        raise UsageError(f"unknown {what} {value!r}: choose from {', '.join(str(c) for c in choices)}")

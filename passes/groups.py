@@ -1,0 +1,90 @@
+"""What the passes hand to calibration and back: linears, groups of linears that share an input, and what stays in float."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """One linear ``output = input · weightᵀ + bias`` as the exporter wrote it.
+
+    Attributes:
+        name: Unique name (the matrix product's node name); what ``--keep`` matches and reports show.
+        input: The activation, ``[.., K]``, fp16, bf16 or fp32.
+        output: The value that a replacement must produce, ``[.., N]``; behind the bias ``Add`` when that is folded in.
+        nodes: The nodes a replacement makes obsolete, in graph order: the product, then the bias ``Add`` where there is one.
+        out_features: N.
+        in_features: K.
+        read_weight: Reads the weight as fp32 ``[N, K]`` with every transpose, cast, alpha and dequantization applied. Reads from
+            disk on each call and keeps nothing: call it once and drop the array.
+        read_bias: Reads the bias as fp32 ``[N]`` (beta applied), or None where there is no constant bias.
+    """
+
+    name: str
+    input: ir.Value
+    output: ir.Value
+    nodes: tuple[ir.Node, ...]
+    out_features: int
+    in_features: int
+    read_weight: Callable[[], Array]
+    read_bias: Callable[[], Array] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LinearGroup:
+    """Linears of one graph that read the same value: they share one transform, one clip and one quantized input.
+
+    Attributes:
+        name: Unique and stable across runs; joins the linears' names (``layers.0.q_proj+k_proj+v_proj`` where a prefix is shared).
+        input: The shared activation, ``[.., K]``.
+        linears: In graph order.
+        norm_scale: The norm's gamma (a constant ``[K]`` that multiplies the normalised value right before ``input``) when every
+            consumer of ``input`` is one of ``linears``, so that a channel scale can be folded into it; else None.
+        norm_bias: The LayerNorm's beta beside ``norm_scale``, to be scaled alike; None where the norm has none.
+    """
+
+    name: str
+    input: ir.Value
+    linears: tuple[Linear, ...]
+    norm_scale: ir.Value | None = None
+    norm_bias: ir.Value | None = None
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.linears[0].in_features
+
+    @property
+    def out_features(self) -> int:
+        """The sum of the linears' N."""
+        return sum(linear.out_features for linear in self.linears)
+
+    def read_weights(self) -> Array:
+        """The linears' weights stacked along the rows, fp32 ``[sum N, K]``. Read anew on each call."""
+        return np.concatenate([linear.read_weight() for linear in self.linears])
+
+
+@dataclass(frozen=True)
+class LeftInFloat:
+    """A matrix product that is not quantized, and why, in words for the user."""
+
+    name: str
+    op_type: str
+    reason: str
+    weight_shape: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Linears:
+    """The result of ``passes.linears.find``: every matrix product of the model is in exactly one of the two."""
+
+    groups: tuple[LinearGroup, ...]
+    left_in_float: tuple[LeftInFloat, ...]
