@@ -39,6 +39,43 @@ class Linear:
 
 
 @dataclass(frozen=True, eq=False)
+class NormSite:
+    """Where a group's channel scale folds into the norm before it: the one node input that holds gamma, and the one that holds beta.
+
+    ``input = cast(normalised · scale + bias)`` and only the group reads it, so dividing scale and bias by ``c`` divides the input by ``c``.
+    The values at the two places may be shared with other norms: give ``scale_node`` a new constant there (``ir.Node.replace_input_with``)
+    of the dtype and shape that the old value has, and leave the old value alone.
+
+    Attributes:
+        scale_node: The node that multiplies by gamma: ``Mul``, ``LayerNormalization``, ``RMSNormalization``, ...
+        scale_index: Which of its inputs gamma is.
+        read_scale: Reads gamma as fp32 ``[K]``.
+        bias_node: The node that adds beta (``Add``, or ``scale_node`` itself for an op that does both); None where there is no beta.
+        bias_index: Which of ``bias_node``'s inputs beta is.
+        read_bias: Reads beta as fp32 ``[K]``; None where there is none.
+    """
+
+    scale_node: ir.Node
+    scale_index: int
+    read_scale: Callable[[], Array]
+    bias_node: ir.Node | None = None
+    bias_index: int = 0
+    read_bias: Callable[[], Array] | None = None
+
+    @property
+    def scale(self) -> ir.Value:
+        """The value at ``scale_node.inputs[scale_index]``: its dtype and shape (``[K]``, ``[1, K]``, ...) are what a new one must have."""
+        value = self.scale_node.inputs[self.scale_index]
+        assert value is not None
+        return value
+
+    @property
+    def bias(self) -> ir.Value | None:
+        """The value at ``bias_node.inputs[bias_index]``, or None."""
+        return None if self.bias_node is None else self.bias_node.inputs[self.bias_index]
+
+
+@dataclass(frozen=True, eq=False)
 class LinearGroup:
     """Linears of one graph that read the same value: they share one transform, one clip and one quantized input.
 
@@ -46,16 +83,14 @@ class LinearGroup:
         name: Unique and stable across runs; joins the linears' names (``layers.0.q_proj+k_proj+v_proj`` where a prefix is shared).
         input: The shared activation, ``[.., K]``.
         linears: In graph order.
-        norm_scale: The norm's gamma (a constant ``[K]`` that multiplies the normalised value right before ``input``) when every
-            consumer of ``input`` is one of ``linears``, so that a channel scale can be folded into it; else None.
-        norm_bias: The LayerNorm's beta beside ``norm_scale``, to be scaled alike; None where the norm has none.
+        norm: The norm right before ``input`` when its gamma (and beta) are constant and only ``linears`` read its result, so that a
+            channel scale can be folded into it; else None: multiply online.
     """
 
     name: str
     input: ir.Value
     linears: tuple[Linear, ...]
-    norm_scale: ir.Value | None = None
-    norm_bias: ir.Value | None = None
+    norm: NormSite | None = None
 
     @property
     def in_features(self) -> int:
