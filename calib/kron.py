@@ -1,0 +1,47 @@
+"""Kronecker products ``left ⊗ right`` applied without forming them (FlatQuant, arXiv 2410.09426, section 3.1)."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def factor(k: int) -> tuple[int, int]:
+    """The pair ``n1 <= n2`` with ``n1 * n2 == k`` and the smallest sum, which is the cheapest transform of K channels.
+
+    Defined for every ``k >= 1``; a prime gives ``(1, k)``.
+
+    Raises:
+        ValueError: ``k`` is below 1.
+    """
+    if k < 1:
+        raise ValueError(f"cannot factor {k}")
+    return next((n, k // n) for n in range(math.isqrt(k), 0, -1) if k % n == 0)
+
+
+def apply(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``x · (left ⊗ right)`` for ``x`` ``[.., K]``: each row reshaped to ``[n1, n2]`` becomes ``leftᵀ · row · right``."""
+    rows = x.reshape(-1, left.shape[0], right.shape[0])
+    return (left.mT @ (rows @ right)).reshape(x.shape)
+
+
+def fold(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, channel_scale: torch.Tensor | None = None) -> torch.Tensor:
+    """The weight ``[N, K]`` that undoes a transform: ``apply(x / channel_scale) · fold(W)ᵀ = x · Wᵀ``.
+
+    ``W · diag(channel_scale) · (left ⊗ right)⁻ᵀ``, solved factor by factor rather than through explicit inverses.
+    """
+    scaled = weight if channel_scale is None else weight * channel_scale
+    n1, n2 = left.shape[0], right.shape[0]
+    rows = scaled.reshape(-1, n1, n2)
+    rows = rows @ _inverse(right).mT
+    return (_inverse(left) @ rows).reshape(weight.shape)
+
+
+def _inverse(matrix: torch.Tensor) -> torch.Tensor:
+    # Factors are small (n <= 256 for every kernel): fp64 costs nothing here and keeps the folded product at fp32 accuracy.
+    import torch
+
+    return torch.linalg.inv(matrix.double()).to(matrix.dtype)

@@ -1,0 +1,141 @@
+"""FlatQuant: a learned Kronecker pair, channel scale and clips (Sun et al., arXiv 2410.09426), trained per group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from fqonnx.calib import kron
+from fqonnx.calib.quantizers import fake_quantize, row_scale
+from fqonnx.calib.transforms.base import FittedTransform, Problem
+from fqonnx.calib.transforms.hadamard import hadamard
+from fqonnx.calib.transforms.smooth import channel_scale
+from fqonnx.errors import CalibrationError
+
+
+class InvertibleFactor(nn.Module):
+    """``U · diag(exp s) · Vᵀ`` with orthogonal ``U`` and ``V``: invertible by construction, for any size.
+
+    ``U = cayley(A) · U₀`` with skew-symmetric ``A`` (section 3.2 of the paper). ``I + A`` is never singular and ``s`` is bounded, so
+    the condition number is at most ``exp(2 · bound)``: the singular matrices that stop the paper's code in calibration cannot occur.
+    """
+
+    bound: ClassVar[float] = 3.0
+
+    def __init__(self, start: torch.Tensor) -> None:
+        super().__init__()
+        n = start.shape[0]
+        self.register_buffer("start", start)
+        self.register_buffer("eye", torch.eye(n, device=start.device))
+        self.u = nn.Parameter(torch.zeros(n, n, device=start.device))
+        self.v = nn.Parameter(torch.zeros(n, n, device=start.device))
+        self.s = nn.Parameter(torch.zeros(n, device=start.device))
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The matrix and its inverse."""
+        start, eye = self.get_buffer("start"), self.get_buffer("eye")
+        u = start @ _cayley(self.u, eye)
+        v = _cayley(self.v, eye)
+        s = self.bound * torch.tanh(self.s / self.bound)
+        return (u * s.exp()) @ v.mT, (v * (-s).exp()) @ u.mT
+
+
+def _cayley(raw: torch.Tensor, eye: torch.Tensor) -> torch.Tensor:
+    skew = raw.triu(1)
+    skew = skew - skew.mT
+    return torch.linalg.solve(eye + skew, eye - skew)
+
+
+@dataclass(frozen=True)
+class Training:
+    """Hyperparameters: the paper's (appendix B), with steps instead of epochs over blocks."""
+
+    steps: int = 500
+    batch: int = 1024
+    lr: float = 5e-3
+    clip_lr: float = 5e-2
+    alpha: float = 0.3
+
+
+class FlatQuant:
+    """Trains the transform of one group on the sum of its linears' output errors."""
+
+    needs_tokens: ClassVar[bool] = True
+    training: ClassVar[Training] = Training()
+
+    def fit(self, problem: Problem) -> FittedTransform:
+        """Train on the problem's tokens.
+
+        Raises:
+            CalibrationError: The problem carries no tokens, or they hold NaN or Inf.
+        """
+        if problem.tokens is None or problem.absmax is None:
+            raise CalibrationError("the flatquant transform needs calibration statistics: give calibration data")
+        if not bool(torch.isfinite(problem.tokens).all()):
+            raise CalibrationError("the calibration activations hold NaN or Inf: check the model in float first")
+        return _train(problem, problem.tokens, problem.absmax, self.training)
+
+
+class _Group(nn.Module):
+    """The trainable state of one group."""
+
+    def __init__(self, problem: Problem, absmax: torch.Tensor, alpha: float) -> None:
+        super().__init__()
+        weight = problem.weight
+        n1, n2 = kron.factor(weight.shape[1])
+        generator = torch.Generator().manual_seed(problem.seed)
+        self.left = InvertibleFactor(hadamard(n1, generator).to(weight.device))
+        self.right = InvertibleFactor(hadamard(n2, generator).to(weight.device))
+        self.log_scale = nn.Parameter(channel_scale(absmax, weight, alpha).log())
+        self.clip = nn.Parameter(torch.tensor(4.0, device=weight.device))
+        self.weight_clip = nn.Parameter(torch.full((weight.shape[0], 1), 4.0, device=weight.device))
+        self.activation_bits = problem.scheme.activation_bits
+        self.weight_bits = problem.scheme.weight_bits
+        self.group_size = problem.group_size
+
+    def quantized(self, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        left, left_inverse = self.left()
+        right, right_inverse = self.right()
+        t = kron.apply(x * (-self.log_scale).exp(), left, right)
+        w = kron.apply(weight * self.log_scale.exp(), left_inverse.mT, right_inverse.mT)
+        if self.activation_bits < 16:
+            t = fake_quantize(t, row_scale(t, self.activation_bits, torch.sigmoid(self.clip)), self.activation_bits)
+        rows = w.reshape(-1, self.group_size or w.shape[1])
+        clip = torch.sigmoid(self.weight_clip)
+        if self.group_size:
+            clip = clip.expand(-1, w.shape[1] // self.group_size).reshape(-1, 1)
+        w = fake_quantize(rows, row_scale(rows, self.weight_bits, clip), self.weight_bits).reshape(w.shape)
+        return t, w
+
+
+def _train(problem: Problem, tokens: torch.Tensor, absmax: torch.Tensor, training: Training) -> FittedTransform:
+    group = _Group(problem, absmax, training.alpha)
+    clips = [group.clip, group.weight_clip]
+    others = [p for p in group.parameters() if all(p is not clip for clip in clips)]
+    steps = problem.steps or training.steps
+    optimizer = torch.optim.AdamW([{"params": others, "lr": training.lr}, {"params": clips, "lr": training.clip_lr}], weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=training.lr * 1e-3)
+    generator = torch.Generator().manual_seed(problem.seed)
+    weight = problem.weight
+    power = (tokens[:4096] @ weight.mT).square().mean().clamp_min(1e-30)
+    batch = min(training.batch, tokens.shape[0])
+    for _ in range(steps):
+        rows = torch.randint(tokens.shape[0], (batch,), generator=generator).to(tokens.device)
+        x = tokens[rows]
+        t, w = group.quantized(x, weight)
+        loss = (t @ w.mT - x @ weight.mT).square().mean() / power
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        return FittedTransform(
+            channel_scale=group.log_scale.exp(),
+            left=group.left()[0],
+            right=group.right()[0],
+            clip=float(torch.sigmoid(group.clip)),
+            weight_clip=torch.sigmoid(group.weight_clip),
+        )
