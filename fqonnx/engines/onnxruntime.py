@@ -1,0 +1,125 @@
+"""ONNX Runtime sessions: the one place that makes them, so that devices, threads, logs and errors behave alike everywhere."""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Any
+
+from fqonnx.errors import EngineError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from fqonnx.engines import Profile
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+"""Execution provider by the name that ``--device`` takes."""
+
+_FATAL = 4
+"""ONNX Runtime's log severity: an error reaches the caller as an exception, so that a log of it would only be a duplicate."""
+
+_PREFIX = re.compile(r"\[ONNXRuntimeError\] : \d+ : (\w+) : ")
+_SOURCE = re.compile(r"\S*/(?:onnxruntime_src|onnxruntime)/\S+:\d+ \S.*?\) ?")
+
+
+class OnnxRuntime:
+    """The engine ``onnxruntime``: it loads ``model.onnx`` as it is, so there is no file to build."""
+
+    def build(self, model_path: Path, out_path: Path, *, profiles: Mapping[str, Profile], target: str | None = None) -> None:
+        """Do nothing; verification runs the model in ONNX Runtime."""
+
+
+def session(model: str | Path | bytes, *, device: str = "cpu", threads: int | None = None, external_data: Path | None = None) -> Any:
+    """An ``onnxruntime.InferenceSession`` on the device asked for, never on another.
+
+    Args:
+        model: Path of the model, or its bytes.
+        device: A key of ``PROVIDERS``.
+        threads: Threads within an operator; None is one per CPU this process may use.
+        external_data: Folder of the external data files of a model given as bytes.
+
+    Raises:
+        EngineError: ONNX Runtime refuses the model, or CUDA cannot be used here; the message says what to install.
+        UsageError: An unknown device.
+    """
+    import onnxruntime as ort
+
+    if device not in PROVIDERS:
+        raise UsageError(f"unknown device {device!r}: choose from {', '.join(PROVIDERS)}")
+    ort.set_default_logger_severity(_FATAL)
+    provider = PROVIDERS[device]
+    if device == "cuda":
+        _require_cuda(ort)
+    options = ort.SessionOptions()
+    options.log_severity_level = _FATAL
+    # The usable CPUs, not all of the machine's: ONNX Runtime counts the latter and would pin threads where this process may not run.
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.inter_op_num_threads = 1
+    if external_data is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(external_data))
+    with _one_line_errors("ONNX Runtime cannot load the model", hint="check the model with onnx.checker, or export it again"):
+        made = ort.InferenceSession(
+            model if isinstance(model, bytes) else str(model), sess_options=options, providers=[provider], enable_fallback=0
+        )
+    if made.get_providers()[0] != provider:
+        raise EngineError(
+            f"ONNX Runtime {ort.__version__} cannot start CUDA here (it needs an NVIDIA driver, CUDA {ort.cuda_version} and cuDNN 9): "
+            f"pip install 'onnxruntime-gpu[cuda,cudnn]=={ort.__version__}', or use --device cpu"
+        )
+    return made
+
+
+def _require_cuda(ort: Any) -> None:
+    if PROVIDERS["cuda"] not in ort.get_available_providers():
+        raise EngineError(f"ONNX Runtime {ort.__version__} is a CPU build: pip install onnxruntime-gpu, or use --device cpu")
+    if hasattr(ort, "preload_dlls"):  # since 1.21: finds the CUDA libraries that pip installed
+        with open(os.devnull, "w") as null, redirect_stdout(null):  # noqa: PTH123 - it prints what it does not find, we say it better
+            ort.preload_dlls()
+
+
+def run(
+    session: Any, feeds: Mapping[str, npt.NDArray[np.generic]], outputs: Sequence[str] | None = None
+) -> dict[str, npt.NDArray[np.generic]]:
+    """Run a session once.
+
+    Args:
+        session: From ``session()``.
+        feeds: Every input by name.
+        outputs: Names of the outputs wanted; None is all, in the model's order.
+
+    Returns:
+        The outputs by name.
+
+    Raises:
+        EngineError: ONNX Runtime fails; one line that names the node where it does.
+    """
+    names = list(outputs) if outputs is not None else [output.name for output in session.get_outputs()]
+    with _one_line_errors("ONNX Runtime failed", hint="check the inputs' shapes and the model"):
+        return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+
+
+@contextmanager
+def _one_line_errors(what: str, *, hint: str) -> Iterator[None]:
+    """Turn ONNX Runtime's exceptions into one ``EngineError`` line; they share no base class but ``Exception``."""
+    try:
+        yield
+    except (EngineError, MemoryError):
+        raise
+    except Exception as error:
+        if not (type(error).__module__.startswith("onnxruntime") or isinstance(error, RuntimeError | ValueError)):
+            raise
+        raise EngineError(f"{what}: {explain(error)}: {hint}") from error
+
+
+def explain(error: Exception) -> str:
+    """ONNX Runtime's message on one line, without codes and paths of its own sources, with the node's name kept."""
+    text = " ".join(_SOURCE.sub("", _PREFIX.sub("", str(error))).split()).rstrip(" .:")
+    if "Failed to allocate memory" in text or "bad_alloc" in text or "out of memory" in text.lower():
+        text = f"out of memory ({text})"
+    return text if len(text) <= 400 else f"{text[:400]}..."

@@ -1,0 +1,27 @@
+"""What a build or a verification found: ``report.json`` for machines, ``report.html`` for people."""
+
+from __future__ import annotations
+
+from fqonnx.report.data import (
+    DataReport,
+    GroupReport,
+    LanguageReport,
+    LeftReport,
+    Report,
+    SizeReport,
+    TensorReport,
+    load_report,
+    save_report,
+)
+
+__all__ = [
+    "DataReport",
+    "GroupReport",
+    "LanguageReport",
+    "LeftReport",
+    "Report",
+    "SizeReport",
+    "TensorReport",
+    "load_report",
+    "save_report",
+]
