@@ -1,0 +1,201 @@
+"""Options that several subcommands share, and how their values are read."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from fqonnx.calib.transforms import TRANSFORMS
+from fqonnx.calib.weights import WEIGHT_QUANTIZERS
+from fqonnx.cli import terminal
+from fqonnx.engines import Profile
+from fqonnx.errors import UsageError
+from fqonnx.recipe import GROUP_SIZES, SCHEMES, Recipe
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+Shapes = dict[str, tuple[int, ...]]
+
+_SHAPE = re.compile(r"(?P<name>.+):\[?(?P<dims>\d+(?:[x,]\s*\d+)*|)\]?")
+
+PATH = click.Path(path_type=Path)
+
+
+def group(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """One decorator that adds ``options`` in the order given."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+recipe_options = group(
+    click.option(
+        "--recipe", "recipe_file", type=PATH, metavar="FILE", help="JSON or TOML file with any of the choices below; flags win over it."
+    ),
+    click.option(
+        "--scheme", type=click.Choice(list(SCHEMES)), help=f"Bits of weights (w) and activations (a).  [default: {Recipe.scheme}]"
+    ),
+    click.option(
+        "--transform", type=click.Choice(list(TRANSFORMS)), help=f"What makes a group's input flat.  [default: {Recipe.transform}]"
+    ),
+    click.option("--weights", type=click.Choice(list(WEIGHT_QUANTIZERS)), help=f"How weights are rounded.  [default: {Recipe.weights}]"),
+    click.option(
+        "--group-size",
+        type=click.Choice([str(size) for size in GROUP_SIZES]),
+        callback=lambda _context, _option, value: None if value is None else int(value),
+        help=f"Weights along K that share a scale; 0: one scale per output channel.  [default: {Recipe.group_size}]",
+    ),
+    click.option("--keep", multiple=True, metavar="REGEX", help="Leave linears whose name matches in float; may be repeated."),
+    click.option("--quantize-head/--float-head", default=None, help="Quantize the vocabulary projection too.  [default: float-head]"),
+    click.option("--seed", type=int, help=f"Seed of every random choice.  [default: {Recipe.seed}]"),
+    click.option("--steps", type=int, help="Training steps of a learned transform per group.  [default: the transform's own]"),
+)
+"""The fields of ``Recipe``, plus ``--recipe``; read them with ``read_recipe``."""
+
+data_options = group(
+    click.option("--tokenizer", type=PATH, metavar="FILE", help="tokenizer.json for text:FILE data."),
+    click.option("--seq-len", type=click.IntRange(min=1), help="Tokens per sample for text:FILE data."),
+    click.option(
+        "--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Samples per run where the shapes allow it."
+    ),
+)
+"""How data is read; ``--calib-data`` and ``--data`` name it."""
+
+verbosity_options = group(
+    click.option(
+        "-v",
+        "--verbose",
+        count=True,
+        expose_value=False,
+        callback=lambda _context, _option, count: _louder(count),
+        help="Say more; -vv: all.",
+    ),
+    click.option(
+        "-q", "--quiet", is_flag=True, callback=lambda _context, _option, quiet: _quieter(quiet), help="Print nothing but errors."
+    ),
+)
+
+device_option = click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where models run and transforms are trained."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines on stdout.")
+
+
+def _louder(count: int) -> None:
+    if count:
+        terminal.set_verbosity(count)
+
+
+def _quieter(quiet: bool) -> bool:
+    if quiet:
+        terminal.set_verbosity(-1)
+    return quiet
+
+
+def read_recipe(file: Path | None, flags: Mapping[str, Any]) -> Recipe:
+    """The recipe of ``file`` (or the defaults) with the given flags on top.
+
+    Args:
+        file: JSON, or TOML where the suffix is ``.toml``; None for the defaults.
+        flags: Recipe fields by name; None and empty mean "not given".
+
+    Raises:
+        UsageError: The file cannot be read, or holds a value that is not one of the choices.
+    """
+    values = {} if file is None else _read_table(file)
+    values |= {name: value for name, value in flags.items() if name in Recipe.__dataclass_fields__ and value not in (None, ())}
+    return Recipe.from_dict(values)
+
+
+def _read_table(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        values = tomllib.loads(text) if file.suffix.lower() == ".toml" else json.loads(text)
+    except OSError as error:
+        raise UsageError(f"--recipe {file}: {error.strerror}: give a JSON or TOML file") from None
+    except ValueError as error:
+        raise UsageError(f"--recipe {file} is not valid {'TOML' if file.suffix.lower() == '.toml' else 'JSON'}: {error}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f'--recipe {file} holds no table of choices: write for example {{"scheme": "w4a4"}}')
+    return values
+
+
+@dataclass(frozen=True)
+class _ShapesType(click.ParamType):
+    """``name:1x3`` or ``name:[1,3]`` to ``(name, (1, 3))``; the name may hold colons, an empty list of dimensions is a scalar."""
+
+    name: str = "shape"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, tuple[int, ...]]:
+        match = _SHAPE.fullmatch(value.strip())
+        if match is None:
+            self.fail(f"{value!r} is no shape: write NAME:1x3 or NAME:[1,3]", param, ctx)
+        return match["name"], tuple(int(dim) for dim in re.findall(r"\d+", match["dims"]))
+
+
+_SHAPE_OPTIONS = ("--min-shapes", "--opt-shapes", "--max-shapes")
+
+shape_options = group(
+    *(
+        click.option(
+            name, multiple=True, type=_ShapesType(), metavar="NAME:1x3 ...", help=f"{what} shape of each dynamic input, for an engine."
+        )
+        for name, what in zip(_SHAPE_OPTIONS, ("Smallest", "Usual", "Largest"), strict=True)
+    )
+)
+"""``--min-shapes a:1x3 b:1x4`` as in Polygraphy; the command needs ``cls=ShapesCommand``."""
+
+
+class ShapesCommand(click.Command):
+    """Lets a shapes option take several values in a row, as in Polygraphy."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Repeat the option before every further shape that follows it."""
+        spread: list[str] = []
+        option: str | None = None
+        taken = 0
+        for arg in args:
+            if arg in _SHAPE_OPTIONS:
+                option, taken = arg, 0
+            elif option is not None and (taken == 0 or _SHAPE.fullmatch(arg)):
+                if taken:
+                    spread.append(option)
+                taken += 1
+            else:
+                option = None
+            spread.append(arg)
+        return super().parse_args(ctx, spread)
+
+
+def read_profiles(
+    minimum: Sequence[tuple[str, tuple[int, ...]]],
+    optimum: Sequence[tuple[str, tuple[int, ...]]],
+    maximum: Sequence[tuple[str, tuple[int, ...]]],
+) -> dict[str, Profile]:
+    """The profile of each input that one of the three shapes options names.
+
+    What is not given is taken from the others: the usual shape from the largest, the rest from the usual one.
+
+    Raises:
+        UsageError: Ranks differ, or the three are not in order.
+    """
+    low, mid, high = dict(minimum), dict(optimum), dict(maximum)
+    profiles = {}
+    for name in {**low, **mid, **high}:
+        usual = next(shapes[name] for shapes in (mid, high, low) if name in shapes)
+        shapes = (low.get(name, usual), usual, high.get(name, usual))
+        if len({len(shape) for shape in shapes}) > 1 or not all(a <= b <= c for a, b, c in zip(*shapes, strict=True)):
+            said = ", ".join("x".join(map(str, shape)) for shape in shapes)
+            raise UsageError(f"shapes of {name!r} are not in order ({said}): give --min-shapes <= --opt-shapes <= --max-shapes of one rank")
+        profiles[name] = Profile(*shapes)
+    return profiles

@@ -1,0 +1,96 @@
+"""What reaches the user's terminal: results on stdout; warnings, progress and errors of fqonnx on stderr; nothing of other libraries."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fqonnx.inspect import Inspection
+    from fqonnx.progress import Progress
+    from fqonnx.report import Report
+
+_LEVELS = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO}
+
+
+def debugging() -> bool:
+    """Whether FQONNX_DEBUG asks for tracebacks and for everything other libraries say."""
+    return os.environ.get("FQONNX_DEBUG", "") not in ("", "0")
+
+
+class _Stderr(logging.Handler):
+    """Writes ``level: message`` to whatever stderr is at that moment (progress bars and tests replace it)."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"{record.levelname.lower()}: {record.getMessage()}", err=True)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Route fqonnx's log to stderr and silence warnings and logs of other libraries while a command runs."""
+    root, ours = logging.getLogger(), logging.getLogger("fqonnx")
+    silence, handler, level = logging.NullHandler(), _Stderr(), ours.level
+    ours.addHandler(handler)
+    ours.setLevel(logging.WARNING)
+    if debugging():
+        ours.setLevel(logging.DEBUG)
+    else:
+        root.addHandler(silence)
+    try:
+        with warnings.catch_warnings():
+            if not debugging():
+                warnings.simplefilter("ignore")
+            yield
+    finally:
+        ours.removeHandler(handler)
+        ours.setLevel(level)
+        root.removeHandler(silence)
+
+
+def set_verbosity(verbosity: int) -> None:
+    """-1: errors only; 0: warnings; 1: what is being done; 2 and more: everything."""
+    if not debugging():
+        logging.getLogger("fqonnx").setLevel(_LEVELS.get(verbosity, logging.DEBUG))
+
+
+def progress(quiet: bool) -> Progress:
+    """Where long work tells how far it is: bars on stderr, or nothing."""
+    from fqonnx.progress import RichProgress, Silent
+
+    return Silent() if quiet else RichProgress()
+
+
+def show_report(report: Report, *, as_json: bool, quiet: bool) -> None:
+    """Print a report on stdout: JSON where asked for, else tables unless quiet."""
+    if as_json:
+        _print_json(report.to_dict())
+    elif not quiet:
+        from rich.console import Console
+
+        from fqonnx.console import print_report
+
+        print_report(report, Console())
+
+
+def show_inspection(inspection: Inspection, *, as_json: bool, quiet: bool) -> None:
+    """Print an inspection on stdout: JSON where asked for, else tables unless quiet."""
+    if as_json:
+        _print_json(inspection.to_dict())
+    elif not quiet:
+        from rich.console import Console
+
+        from fqonnx.inspect import print_inspection
+
+        print_inspection(inspection, Console())
+
+
+def _print_json(value: object) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
