@@ -1,0 +1,151 @@
+"""Constructors of the nodes that passes insert: fqonnx ops with all their attributes, and the Q/DQ form's activation side."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from fqonnx.errors import ModelError
+from fqonnx.ops.bodies import DOMAIN, VERSION
+from fqonnx.ops.layout import check_container, layout_named
+
+FLOAT_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+"""What ``FlatQuantize`` reads and ``W4A4Gemm`` writes."""
+
+# By these TensorRT's parser finds the plugin, where its creator is registered.
+_PLUGIN = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
+
+
+def flat_quantize_node(
+    x: ir.Value, left: ir.Value, right: ir.Value, clip: ir.Value, *, bits: int = 4, packed: bool = False, name: str
+) -> ir.Node:
+    """A ``FlatQuantize`` node, as ``fqonnx.ops.reference.flat_quantize`` defines it.
+
+    Args:
+        x: ``[.., K]`` fp16, bf16 or fp32.
+        left: ``[n1, n1]`` fp32.
+        right: ``[n2, n2]`` fp32; ``n1 n2`` divides K. Both ``[1, 1]`` holding 1 for no transform.
+        clip: fp32 scalar in (0, 1].
+        bits: 4 or 8.
+        packed: Two 4-bit codes a byte.
+        name: The node's name; its outputs are ``{name}.q`` and ``{name}.scale``.
+
+    Returns:
+        The node; outputs ``q`` int8 ``[.., K]`` (``[.., K / 2]`` packed) and ``scale`` fp32 ``[.., 1]``, typed and, where ``x`` is, shaped.
+
+    Raises:
+        ModelError: ``x`` is not of a float type, or its K is odd with ``packed``.
+        ValueError: ``bits`` is neither 4 nor 8.
+    """
+    _check_float(x.dtype, f"the input of {name}")
+    lead, k = _split_shape(x)
+    check_container(bits=bits, packed=packed, k=k if isinstance(k, int) else 0)
+    q = ir.Value(name=f"{name}.q", type=ir.TensorType(ir.DataType.INT8))
+    scale = ir.Value(name=f"{name}.scale", type=ir.TensorType(ir.DataType.FLOAT))
+    if lead is not None:
+        q.shape = ir.Shape([*lead, k // 2 if packed and isinstance(k, int) else None if packed else k])
+        scale.shape = ir.Shape([*lead, 1])
+    return ir.node(
+        "FlatQuantize",
+        [x, left, right, clip],
+        {"bits": bits, "packed": int(packed), **_PLUGIN},
+        domain=DOMAIN,
+        outputs=[q, scale],
+        name=name,
+    )
+
+
+def w4a4_gemm_node(
+    q: ir.Value,
+    scale: ir.Value,
+    w: ir.Value,
+    w_scale: ir.Value,
+    bias: ir.Value,
+    *,
+    dtype: ir.DataType,
+    packed: bool = False,
+    layout: str = "plain",
+    name: str,
+) -> ir.Node:
+    """A ``W4A4Gemm`` node, as ``fqonnx.ops.reference.w4a4_gemm`` defines it.
+
+    Args:
+        q: int8 ``[.., K]``, or ``[.., K / 2]`` when packed.
+        scale: fp32 ``[.., 1]``.
+        w: INT4 ``[N, K]`` in the order of ``layout`` (``fqonnx.ops.layout.to_layout``).
+        w_scale: fp32 ``[N, K / G]``; ``[N, 1]`` per channel.
+        bias: fp32 ``[N]``; zeros where there is none.
+        dtype: Type of the output.
+        packed: Whether ``q`` holds two codes a byte.
+        layout: A key of ``fqonnx.ops.layout.LAYOUTS``.
+        name: The node's name; its output is ``{name}.y``.
+
+    Returns:
+        The node; its output is ``[.., N]`` of ``dtype``, typed and, where ``q`` and ``w`` are, shaped.
+
+    Raises:
+        ModelError: An unknown layout, K that does not fit the layout or ``packed``, or an output type that is no float type.
+    """
+    _check_float(dtype, f"the output of {name}")
+    chosen = layout_named(layout)
+    rows, k = (w.shape[0], w.shape[1]) if w.shape is not None else (None, None)
+    if isinstance(k, int):
+        check_container(bits=4, packed=packed, k=k)
+        chosen.check(k)
+    y = ir.Value(name=f"{name}.y", type=ir.TensorType(dtype))
+    lead, _ = _split_shape(q)
+    if lead is not None:
+        y.shape = ir.Shape([*lead, rows])
+    attributes = {
+        "packed": int(packed),
+        "layout": layout,
+        "layout_shape": chosen.shape,
+        "layout_perm": chosen.perm,
+        "dtype": dtype.value,
+        **_PLUGIN,
+    }
+    return ir.node("W4A4Gemm", [q, scale, w, w_scale, bias], attributes, domain=DOMAIN, outputs=[y], name=name)
+
+
+def dequantize_nodes(q: ir.Value, scale: ir.Value, *, dtype: ir.DataType, name: str) -> tuple[ir.Node, ...]:
+    """The activation side of the Q/DQ form behind ``FlatQuantize``: ``cast(q) · scale`` in fp32, rounded once to ``dtype``.
+
+    Args:
+        q: int8 ``[.., K]``, not packed.
+        scale: fp32 ``[.., 1]``.
+        dtype: Type of the result.
+        name: Prefix of the nodes' and values' names; the result is ``{name}.dequantized``.
+
+    Returns:
+        The nodes in order; the last one's only output is the activation ``[.., K]`` of ``dtype``.
+
+    Raises:
+        ModelError: ``dtype`` is no float type.
+    """
+    _check_float(dtype, f"the output of {name}")
+    to_float = _unary("Cast", [q], {"to": ir.DataType.FLOAT.value}, ir.DataType.FLOAT, q.shape, f"{name}.cast")
+    is_float = dtype == ir.DataType.FLOAT
+    scaled = _unary(
+        "Mul", [to_float.outputs[0], scale], {}, ir.DataType.FLOAT, q.shape, f"{name}.{'dequantized' if is_float else 'scaled'}"
+    )
+    if is_float:
+        return to_float, scaled
+    return to_float, scaled, _unary("Cast", [scaled.outputs[0]], {"to": dtype.value}, dtype, q.shape, f"{name}.dequantized")
+
+
+def _unary(
+    op_type: str, inputs: list[ir.Value], attributes: dict[str, int], dtype: ir.DataType, shape: ir.Shape | None, name: str
+) -> ir.Node:
+    output = ir.Value(name=name, type=ir.TensorType(dtype), shape=None if shape is None else ir.Shape(shape.dims))
+    return ir.node(op_type, inputs, attributes, outputs=[output], name=name)
+
+
+def _split_shape(value: ir.Value) -> tuple[tuple[int | ir.SymbolicDim, ...] | None, int | ir.SymbolicDim | None]:
+    """The leading dimensions and the last; None for both where the rank is unknown."""
+    if value.shape is None or not value.shape.rank():
+        return None, None
+    return tuple(value.shape.dims[:-1]), value.shape.dims[-1]
+
+
+def _check_float(dtype: ir.DataType | None, what: str) -> None:
+    if dtype not in FLOAT_TYPES:
+        raise ModelError(f"{what} is {dtype}, not FLOAT, FLOAT16 or BFLOAT16: cast it or leave this linear in float (--keep)")

@@ -1,0 +1,117 @@
+"""What the fqonnx ops mean, in numpy: the one reference that bodies, kernels and passes are tested and benchmarked against."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from fqonnx.ops.layout import check_container, from_layout, pack_int4, unpack_int4
+
+FloatArray = npt.NDArray[np.floating]
+Array = npt.NDArray[np.float32]
+Int8Array = npt.NDArray[np.int8]
+
+SMALLEST_SCALE = 2.0**-126
+"""The smallest normal fp32. A row whose scale would be below it counts as all zero, so that a runtime may flush denormals."""
+
+
+def flat_quantize(x: FloatArray, left: Array, right: Array, clip: float, *, bits: int = 4, packed: bool = False) -> tuple[Int8Array, Array]:
+    """``FlatQuantize``: transform each row with a Kronecker pair and round it to symmetric integers (FlatQuant, section 3.1).
+
+    For each row, in fp32, with ``qmax = 2^(bits - 1) - 1``:
+
+    - ``t = leftᵀ · reshape(x, n1, n2) · right``, flattened again; where ``n1 n2`` is a proper divisor of K each run of ``n1 n2``
+      columns is transformed so. ``left = right = [[1]]`` is no transform;
+    - ``step = max|t| · (clip / qmax)``; ``scale = step``, or 1 where ``step < 2^-126`` (an all-zero row, and one so small that its
+      scale would be denormal: its codes are 0);
+    - ``q = clamp(round_half_even(t / scale), -qmax - 1, qmax)``.
+
+    Where ``t`` overflows or holds NaN, ``scale`` is not finite, so that the error is not hidden; the row's codes are not specified.
+
+    Args:
+        x: ``[.., K]`` fp16, bf16 (``ml_dtypes``) or fp32, rank 1 or more.
+        left: ``[n1, n1]`` fp32.
+        right: ``[n2, n2]`` fp32; ``n1 n2`` divides K.
+        clip: In (0, 1].
+        bits: 4 or 8.
+        packed: Store two 4-bit codes a byte, the even index in the low nibble.
+
+    Returns:
+        ``q`` int8 ``[.., K]``, or ``[.., K / 2]`` when packed; ``scale`` fp32 ``[.., 1]``.
+
+    Raises:
+        ModelError: ``packed`` with an odd K.
+        ValueError: Shapes or bits that do not fit.
+    """
+    check_container(bits=bits, packed=packed, k=x.shape[-1])
+    n1, n2, k = len(left), len(right), x.shape[-1]
+    if left.shape != (n1, n1) or right.shape != (n2, n2) or k % (n1 * n2):
+        raise ValueError(f"left {left.shape} and right {right.shape} do not transform rows of {k}")
+    qmax = np.float32(2 ** (bits - 1) - 1)
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        blocks = x.astype(np.float32).reshape(math.prod(x.shape[:-1]), k // (n1 * n2), n1, n2)
+        t = np.matmul(left.T, np.matmul(blocks, right)).reshape(x.shape)
+        step = np.abs(t).max(axis=-1, keepdims=True) * (np.float32(clip) / qmax)
+        scale = np.where(step < np.float32(SMALLEST_SCALE), np.float32(1), step)
+        q = np.nan_to_num(np.clip(np.rint(t / scale), -qmax - 1, qmax)).astype(np.int8)
+    return pack_rows(q) if packed else q, scale
+
+
+def w4a4_gemm(
+    q: Int8Array,
+    scale: Array,
+    w: Int8Array,
+    w_scale: Array,
+    bias: Array,
+    *,
+    packed: bool = False,
+    layout: str = "plain",
+    dtype: npt.DTypeLike = np.float32,
+) -> FloatArray:
+    """``W4A4Gemm``: ``y = (q · wᵀ) · scale · w_scale + bias`` with exact integer sums.
+
+    With ``s0`` a channel's largest ``w_scale``, ``y = ((Σ_g (q_g · w_gᵀ) · (w_scale_g / s0)) · s0) · scale + bias``: the sum over
+    groups is exact here (fp64), the rest fp32 in this order, then one rounding to ``dtype``. With one scale per channel a body or
+    kernel whose sums are exact and whose epilogue is this one gives the same bits.
+
+    Args:
+        q: int8 ``[.., K]``, or ``[.., K / 2]`` when packed.
+        scale: fp32 ``[.., 1]``.
+        w: int8 ``[N, K]`` holding -8..7, in the order of ``layout``.
+        w_scale: fp32 ``[N, K / G]``, positive; ``[N, 1]`` per channel.
+        bias: fp32 ``[N]``.
+        packed: Whether ``q`` holds two codes a byte.
+        layout: A key of ``fqonnx.ops.layout.LAYOUTS``.
+        dtype: fp16, bf16 (``ml_dtypes``) or fp32.
+
+    Returns:
+        ``[.., N]`` of ``dtype``.
+
+    Raises:
+        ModelError: An unknown layout, or K does not fit it.
+        ValueError: Shapes that do not fit.
+    """
+    n, k = w.shape
+    codes = unpack_rows(q) if packed else q
+    groups = w_scale.shape[1]
+    if codes.shape[-1] != k or w_scale.shape[0] != n or k % groups or bias.shape != (n,) or scale.shape != (*q.shape[:-1], 1):
+        raise ValueError(f"q {q.shape}, scale {scale.shape}, w {w.shape}, w_scale {w_scale.shape}, bias {bias.shape} do not fit")
+    channel_scale = w_scale.max(axis=1)
+    share = (w_scale / channel_scale[:, None]).astype(np.float64)
+    weights = (from_layout(w, layout).reshape(n, groups, k // groups) * share[:, :, None]).reshape(n, k)
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        sums = (codes.astype(np.float64) @ weights.T).astype(np.float32)
+        y: FloatArray = (sums * channel_scale * scale + bias).astype(dtype)
+    return y
+
+
+def pack_rows(q: Int8Array) -> Int8Array:
+    """Codes ``[.., K]`` two a byte: int8 ``[.., K / 2]``, K even."""
+    return pack_int4(q).view(np.int8).reshape(*q.shape[:-1], q.shape[-1] // 2)
+
+
+def unpack_rows(q: Int8Array) -> Int8Array:
+    """Undo ``pack_rows``: int8 ``[.., K / 2]`` to ``[.., K]``."""
+    return unpack_int4(q.view(np.uint8).reshape(-1), (*q.shape[:-1], q.shape[-1] * 2))
