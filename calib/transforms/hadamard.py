@@ -25,7 +25,7 @@ def hadamard(n: int, generator: torch.Generator) -> torch.Tensor:
         matrix = torch.kron(matrix, step)
     if odd > 1:
         q, r = torch.linalg.qr(torch.randn(odd, odd, generator=generator, dtype=torch.float64))
-        matrix = torch.kron(q * r.diagonal().sign(), matrix)
+        matrix = torch.kron((q * r.diagonal().sign()).contiguous(), matrix)
     signs = torch.randint(0, 2, (n,), generator=generator, dtype=torch.float64) * 2 - 1
     return (signs[:, None] * matrix).float()
 
