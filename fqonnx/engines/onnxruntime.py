@@ -7,7 +7,7 @@ import re
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
-from fqonnx.errors import EngineError, UsageError
+from fqonnx.errors import EngineError, FqonnxError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -63,7 +63,7 @@ def session(model: str | Path | bytes, *, device: str = "cpu", threads: int | No
     options.inter_op_num_threads = 1
     if external_data is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(external_data))
-    with _one_line_errors("ONNX Runtime cannot load the model", hint="check the model with onnx.checker, or export it again"):
+    with one_line_errors("ONNX Runtime cannot load the model", hint="check the model with onnx.checker, or export it again"):
         made = ort.InferenceSession(
             model if isinstance(model, bytes) else str(model), sess_options=options, providers=[provider], enable_fallback=0
         )
@@ -100,19 +100,18 @@ def run(
         EngineError: ONNX Runtime fails; one line that names the node where it does.
     """
     names = list(outputs) if outputs is not None else [output.name for output in session.get_outputs()]
-    with _one_line_errors("ONNX Runtime failed", hint="check the inputs' shapes and the model"):
+    with one_line_errors("ONNX Runtime failed", hint="check the inputs' shapes and the model"):
         return dict(zip(names, session.run(names, dict(feeds)), strict=True))
 
 
 @contextmanager
-def _one_line_errors(what: str, *, hint: str) -> Iterator[None]:
+def one_line_errors(what: str, *, hint: str) -> Iterator[None]:
     """Turn ONNX Runtime's exceptions into one ``EngineError`` line; they share no base class but ``Exception``."""
     try:
         yield
-    except (EngineError, MemoryError):
-        raise
     except Exception as error:
-        if not (type(error).__module__.startswith("onnxruntime") or isinstance(error, RuntimeError | ValueError)):
+        # Besides classes of its own it raises RuntimeError from its Python bindings.
+        if isinstance(error, FqonnxError) or not (type(error).__module__.startswith("onnxruntime") or type(error) is RuntimeError):
             raise
         raise EngineError(f"{what}: {explain(error)}: {hint}") from error
 

@@ -108,8 +108,8 @@ def _add_profile(builder: Any, network: Any, config: Any, profiles: Mapping[str,
     dynamic = {name: tuple(tensor.shape) for name, tensor in inputs.items() if -1 in tuple(tensor.shape)}
     missing = sorted(set(dynamic) - set(profiles))
     if missing:
-        shape = "x".join(str(d) if d >= 0 else "?" for d in dynamic[missing[0]])
-        raise UsageError(f"input {missing[0]!r} is {shape}: give --min-shapes, --opt-shapes and --max-shapes for it")
+        expected = "x".join(str(d) if d >= 0 else "?" for d in dynamic[missing[0]])
+        raise UsageError(f"input {missing[0]!r} is {expected}: give --min-shapes, --opt-shapes and --max-shapes for it")
     profile = builder.create_optimization_profile()
     for name, shape in dynamic.items():
         wanted = profiles[name]
