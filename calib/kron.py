@@ -29,7 +29,7 @@ def apply(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Ten
 
 
 def fold(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, channel_scale: torch.Tensor | None = None) -> torch.Tensor:
-    """The weight ``[N, K]`` that undoes a transform: ``apply(x / channel_scale) · fold(W)ᵀ = x · Wᵀ``.
+    """Undo a transform in the weight ``[N, K]``: ``apply(x / channel_scale) · fold(W)ᵀ = x · Wᵀ``.
 
     ``W · diag(channel_scale) · (left ⊗ right)⁻ᵀ``, solved factor by factor rather than through explicit inverses.
     """
@@ -44,4 +44,5 @@ def _inverse(matrix: torch.Tensor) -> torch.Tensor:
     # Factors are small (n <= 256 for every kernel): fp64 costs nothing here and keeps the folded product at fp32 accuracy.
     import torch
 
-    return torch.linalg.inv(matrix.double()).to(matrix.dtype)
+    inverse: torch.Tensor = torch.linalg.inv(matrix.double())
+    return inverse.to(matrix.dtype)

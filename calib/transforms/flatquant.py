@@ -46,7 +46,8 @@ class InvertibleFactor(nn.Module):
 def _cayley(raw: torch.Tensor, eye: torch.Tensor) -> torch.Tensor:
     skew = raw.triu(1)
     skew = skew - skew.mT
-    return torch.linalg.solve(eye + skew, eye - skew)
+    rotation: torch.Tensor = torch.linalg.solve(eye + skew, eye - skew)
+    return rotation
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,8 @@ def _inverse_factor(hessian: torch.Tensor, order: torch.Tensor, damping: float) 
             inverse = torch.cholesky_inverse(chol)
             upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
             if not int(info):
-                return upper.float()
+                factor: torch.Tensor = upper.float()
+                return factor
         damping *= 10  # a Hessian of T < K tokens has rank T: the damping alone makes it definite
 
 

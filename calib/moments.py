@@ -1,0 +1,79 @@
+"""Second moments of a group's quantized input, and the weight that makes up for what rounding the input does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from fqonnx.calib import kron
+from fqonnx.calib.quantizers import codes, row_scale
+
+if TYPE_CHECKING:
+    from fqonnx.calib.transforms.base import FittedTransform
+
+
+def forward(fitted: FittedTransform, x: torch.Tensor) -> torch.Tensor:
+    """``(x / channel_scale) · (left ⊗ right)`` of ``x`` ``[.., K]``."""
+    if fitted.channel_scale is not None:
+        x = x / fitted.channel_scale
+    if fitted.left is None or fitted.right is None:
+        return x
+    return kron.apply(x, fitted.left, fitted.right)
+
+
+def fold(fitted: FittedTransform, weight: torch.Tensor) -> torch.Tensor:
+    """Undo ``forward`` in the weight ``[N, K]``: ``forward(x) · fold(W)ᵀ = x · Wᵀ``."""
+    if fitted.left is None or fitted.right is None:
+        return weight if fitted.channel_scale is None else weight * fitted.channel_scale
+    return kron.fold(weight, fitted.left, fitted.right, fitted.channel_scale)
+
+
+def quantize_input(t: torch.Tensor, bits: int, clip: float) -> torch.Tensor:
+    """Quantize-dequantize transformed rows ``[.., K]`` per token, as the ``FlatQuantize`` op does; 16 bits leaves them."""
+    if bits >= 16:
+        return t
+    scale = row_scale(t, bits, clip)
+    return codes(t, scale, bits) * scale
+
+
+def input_moments(fitted: FittedTransform, tokens: torch.Tensor, hessian: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``E[t̂ᵀ t̂]`` and ``E[tᵀ t̂]`` of the transformed input ``t`` and its quantized form ``t̂``, each fp32 ``[K, K]``.
+
+    With ``e = t̂ - t`` both are ``E[tᵀ t]`` plus moments of ``e``. The first term comes exactly from ``hessian``, which covers every
+    row seen; only the small terms in ``e`` are estimated on ``tokens``. The estimate's error shrinks with the rounding error, where
+    estimating the whole moment on the tokens would leave a matrix of rank ``T``.
+
+    Args:
+        fitted: The transform.
+        tokens: ``[T, K]`` input rows.
+        hessian: ``[K, K]`` mean of ``xᵀ x`` over all rows.
+        bits: Activation bits; 16 leaves ``e = 0``.
+    """
+    # (P/c)ᵀ H (P/c): rows, then columns; H is symmetric.
+    exact = forward(fitted, forward(fitted, hessian).mT.contiguous())
+    exact = (exact + exact.mT) / 2
+    if bits >= 16:
+        return exact, exact
+    t = forward(fitted, tokens)
+    error = quantize_input(t, bits, fitted.clip) - t
+    cross = t.mT @ error / t.shape[0]
+    return exact + cross + cross.mT + error.mT @ error / t.shape[0], exact + cross
+
+
+def corrected_weight(weight: torch.Tensor, quantized: torch.Tensor, cross: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
+    """The real-valued weight that fits the float output best from the quantized input: ``W · E[tᵀ t̂] · E[t̂ᵀ t̂]⁻¹``.
+
+    ``E‖t̂ Ŵᵀ - t Wᵀ‖²`` over integer weights ``Ŵ`` is, up to a constant, ``E‖t̂ (Ŵ - W*)ᵀ‖²`` around this least-squares solution
+    ``W*``, so rounding should start from it rather than from ``W`` (the asymmetric calibration of GPTAQ, arXiv 2504.02692).
+
+    Args:
+        weight: fp32 ``[N, K]`` in the transformed space.
+        quantized: ``E[t̂ᵀ t̂]``, ``[K, K]``.
+        cross: ``E[tᵀ t̂]``, ``[K, K]``.
+        damping: Ridge towards ``weight``, as a share of the mean diagonal; it alone decides directions that no data shows.
+    """
+    ridge = damping * quantized.diagonal().mean().clamp_min(1e-12) * torch.eye(quantized.shape[0], device=weight.device)
+    right = weight.double() @ (cross + ridge).double()
+    solution: torch.Tensor = torch.linalg.solve((quantized + ridge).double(), right.mT)
+    return solution.mT.float().contiguous()

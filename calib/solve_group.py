@@ -1,0 +1,154 @@
+"""One group, from statistics to a solution: fit the transform, fold it into the weights, round them, measure."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from fqonnx.calib import moments
+from fqonnx.calib.registry import transform_named, weight_quantizer_named
+from fqonnx.calib.solution import GroupSolution
+from fqonnx.calib.transforms.base import Problem
+from fqonnx.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from fqonnx.calib.solution import Array, GroupStats
+    from fqonnx.calib.transforms.base import FittedTransform
+    from fqonnx.recipe import Recipe
+
+HELD_OUT = 8
+"""One token in this many is kept from training, for the figures of the report."""
+
+PROFILE_POINTS = 256
+
+
+def solve_group(name: str, weight: Array, stats: GroupStats | None, recipe: Recipe, *, seed: int, device: str = "cpu") -> GroupSolution:
+    """Quantize one group.
+
+    Args:
+        name: The group's name, for the result and for errors.
+        weight: fp32 ``[N, K]``, the group's linears stacked along the rows.
+        stats: The input's statistics; None for a recipe that needs none, and then the figures that need activations are absent.
+        recipe: What to do.
+        seed: Seed of this group's random choices.
+        device: ``cpu`` or ``cuda``.
+
+    Raises:
+        CalibrationError: Weights or statistics hold NaN or Inf, or statistics that the recipe needs are missing.
+    """
+    start = time.perf_counter()
+    try:
+        return _solve(name, weight, stats, recipe, seed, torch.device(device), start)
+    except CalibrationError as error:
+        raise CalibrationError(f"group {name!r}: {error}") from None
+    except torch.cuda.OutOfMemoryError:
+        raise CalibrationError(f"group {name!r}: the GPU is out of memory: use --device cpu or a smaller --calib-samples") from None
+
+
+def _solve(
+    name: str, weight: Array, stats: GroupStats | None, recipe: Recipe, seed: int, device: torch.device, start: float
+) -> GroupSolution:
+    scheme = recipe.bits
+    w = torch.from_numpy(weight).to(device)
+    if not bool(torch.isfinite(w).all()):
+        raise CalibrationError("its weights hold NaN or Inf: the model is damaged")
+    tokens = None if stats is None or not len(stats.tokens) else torch.from_numpy(stats.tokens).to(device)
+    held_out, training = (None, None) if tokens is None else _split(tokens)
+    problem = Problem(
+        weight=w,
+        tokens=training,
+        absmax=None if stats is None else torch.from_numpy(stats.absmax).to(device),
+        scheme=scheme,
+        group_size=recipe.group_size,
+        seed=seed,
+        steps=recipe.steps,
+    )
+    fitted = transform_named(recipe.transform).fit(problem)
+    folded = moments.fold(fitted, w)
+    quantizer = weight_quantizer_named(recipe.weights)
+    target, hessian = folded, None
+    if quantizer.needs_hessian:
+        if stats is None or stats.hessian is None or training is None:
+            raise CalibrationError(f"--weights {recipe.weights} needs calibration statistics: give calibration data")
+        hessian, cross = moments.input_moments(fitted, training, torch.from_numpy(stats.hessian).to(device), scheme.activation_bits)
+        target = moments.corrected_weight(folded, hessian, cross)
+    codes, scales = quantizer.quantize(
+        target, bits=scheme.weight_bits, group_size=recipe.group_size, hessian=hessian, clip=fitted.weight_clip
+    )
+    rounded = _dequantize(codes, scales)
+    metrics = {"weight_rel_l2": _rel_l2(rounded, folded)}
+    profiles: tuple[Array | None, Array | None] = (None, None)
+    if held_out is not None:
+        t = moments.forward(fitted, held_out)
+        quantized = moments.quantize_input(t, scheme.activation_bits, fitted.clip)
+        metrics["activation_rel_l2"] = _rel_l2(quantized, t)
+        metrics["output_rel_l2"] = _rel_l2(quantized @ rounded.mT, held_out @ w.mT)
+        before, after = _channel_norms(held_out), _channel_norms(t)
+        metrics["flatness_before"], metrics["flatness_after"] = _flatness(before), _flatness(after)
+        profiles = (_profile(before), _profile(after))
+    metrics["seconds"] = time.perf_counter() - start
+    return GroupSolution(
+        group=name,
+        channel_scale=_array(fitted.channel_scale),
+        left=_array(fitted.left),
+        right=_array(fitted.right),
+        clip=_checked_clip(fitted),
+        codes=codes.cpu().numpy(),
+        scales=scales.cpu().numpy(),
+        metrics=metrics,
+        profile_before=profiles[0],
+        profile_after=profiles[1],
+    )
+
+
+def _split(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every ``HELD_OUT``-th token, and the others; all of them twice where there are too few to share."""
+    if len(tokens) < 2 * HELD_OUT:
+        return tokens, tokens
+    mask = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    mask[::HELD_OUT] = True
+    return tokens[mask], tokens[~mask]
+
+
+def _checked_clip(fitted: FittedTransform) -> float:
+    if not 0 < fitted.clip <= 1:  # NaN too
+        raise CalibrationError("training diverged: lower --steps, or choose --transform hadamard")
+    return float(fitted.clip)
+
+
+def _dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return (codes.reshape(*scales.shape, -1) * scales[..., None]).reshape(codes.shape)
+
+
+def _rel_l2(candidate: torch.Tensor, reference: torch.Tensor) -> float:
+    """``‖candidate - reference‖ / ‖reference‖``; 0 where both are zero."""
+    error, norm = float((candidate - reference).norm()), float(reference.norm())
+    return error / norm if norm else float(error > 0)
+
+
+def _channel_norms(rows: torch.Tensor) -> torch.Tensor:
+    """Root mean square of each channel, ``[K]``, in descending order."""
+    return rows.square().mean(0).sqrt().sort(descending=True).values
+
+
+def _flatness(norms: torch.Tensor) -> float:
+    """How far channel magnitudes are from equal: ``‖d - g‖ / ‖d‖`` with ``g = ‖d‖ / sqrt(K)`` in every channel.
+
+    FlatQuant's flatness (arXiv 2410.09426, section 4.4) divided by the norm, so that layers compare: 0 is perfectly flat and values
+    near sqrt(2) mean that one channel holds everything.
+    """
+    total = norms.norm()
+    if not float(total):
+        return 0.0
+    return float((norms - total / norms.numel() ** 0.5).norm() / total)
+
+
+def _profile(norms: torch.Tensor) -> Array:
+    index = torch.linspace(0, norms.numel() - 1, min(PROFILE_POINTS, norms.numel())).round().long()
+    return norms.cpu()[index].numpy()
+
+
+def _array(tensor: torch.Tensor | None) -> Array | None:
+    return None if tensor is None else tensor.detach().float().cpu().numpy()
