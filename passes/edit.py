@@ -16,33 +16,50 @@ LINEAR_TAG = "fqonnx.linear"
 """Likewise, the linear."""
 
 
+LINEARS_TAG = "fqonnx.linears"
+"""Likewise, the linears that were merged, as a JSON list in the order of their rows."""
+
+
 class Names:
-    """Hands out value and node names that nothing in the model has.
+    """Hands out names that no value (or no node) of the model has.
 
     ONNX wants one name per value across a graph and its subgraphs, and every runtime wants unique node names; collected once per pass.
     """
 
     def __init__(self, model: ir.Model) -> None:
-        self._taken: set[str | None] = set()
+        self._values: set[str | None] = set()
+        self._nodes: set[str | None] = set()
         for graph in model.graphs():
-            self._taken.update(value.name for value in graph.inputs)
-            self._taken.update(graph.initializers)
+            self._values.update(value.name for value in graph.inputs)
+            self._values.update(graph.initializers)
             for node in graph:
-                self._taken.add(node.name)
-                self._taken.update(value.name for value in node.outputs)
+                self._nodes.add(node.name)
+                self._values.update(value.name for value in node.outputs)
 
-    def unique(self, wanted: str) -> str:
-        """``wanted``, or ``wanted_1``, ``wanted_2``, ... where it is taken."""
-        name, count = wanted, 0
-        while name in self._taken:
-            count += 1
-            name = f"{wanted}_{count}"
-        self._taken.add(name)
-        return name
+    def for_value(self, wanted: str) -> str:
+        """``wanted``, or ``wanted_1``, ``wanted_2``, ... where a value has it."""
+        return _unique(wanted, self._values)
 
-    def release(self, names: Iterable[str | None]) -> None:
-        """Lets the names of what is about to be removed be used again."""
-        self._taken.difference_update(names)
+    def for_node(self, wanted: str) -> str:
+        """``wanted``, or ``wanted_1``, ``wanted_2``, ... where a node has it."""
+        return _unique(wanted, self._nodes)
+
+    def release_value(self, name: str | None) -> None:
+        """Lets the name of a value that is about to be removed be used again."""
+        self._values.discard(name)
+
+    def release_node(self, node: ir.Node) -> None:
+        """Lets the name of a node that is about to be removed be used again."""
+        self._nodes.discard(node.name)
+
+
+def _unique(wanted: str, taken: set[str | None]) -> str:
+    name, count = wanted, 0
+    while name in taken:
+        count += 1
+        name = f"{wanted}_{count}"
+    taken.add(name)
+    return name
 
 
 class Insertion:
@@ -64,7 +81,7 @@ class Insertion:
     def constant(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         """An initializer named ``name`` (made unique) that holds ``tensor``."""
         value = ir.Value(
-            name=self._names.unique(name), type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
+            name=self._names.for_value(name), type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
         )
         self.graph.register_initializer(value)
         return value
@@ -105,9 +122,9 @@ class Insertion:
             The node's outputs.
         """
         assert node.name
-        node.name = self._names.unique(node.name)
+        node.name = self._names.for_node(node.name)
         for index, output in enumerate(node.outputs):
-            output.name = self._names.unique(output.name or (f"{node.name}.out" if index == 0 else f"{node.name}.out{index}"))
+            output.name = self._names.for_value(output.name or (f"{node.name}.out" if index == 0 else f"{node.name}.out{index}"))
         node.metadata_props.update(self._tags)
         self.graph.insert_before(self._anchor, node)
         return node.outputs
@@ -118,11 +135,11 @@ def take_over(old: ir.Value, new: ir.Value, obsolete: Iterable[ir.Node]) -> None
 
     Args:
         old: The value that its consumers and the graph's outputs give up.
-        new: Takes its name, type and shape; both lie in the same graph and ``new`` comes before every use of ``old``.
+        new: Takes its name, and its type and shape where they are known; both lie in the same graph and ``new`` comes before every use of ``old``.
         obsolete: Nodes that only ``old`` was made with, in graph order.
     """
     name = old.name
-    new.type, new.shape = old.type, old.shape
+    new.type, new.shape = old.type or new.type, old.shape if old.shape is not None else new.shape
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     for node in reversed(tuple(obsolete)):
         assert node.graph is not None

@@ -14,6 +14,7 @@ Integer sums are exact in ``W4A4Gemm``; the two forms differ by the rounding of 
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from onnxscript.rewriter import MatchResult, pattern
 from fqonnx.errors import UsageError
 from fqonnx.ops import DOMAIN, add_functions, flat_quantize_node, lazy_int4_tensor, to_layout, w4a4_gemm_node
 from fqonnx.ops.layout import LAYOUTS
-from fqonnx.passes.edit import GROUP_TAG, LINEAR_TAG, Insertion, Names, last_dim, take_over
+from fqonnx.passes.edit import GROUP_TAG, LINEAR_TAG, LINEARS_TAG, Insertion, Names, take_over
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -133,7 +134,7 @@ class QdqProduct(pattern.PatternBase):
             return result.fail("the activation is quantized outside of this graph", q)
         if flat.attributes.get_int("packed", 0):
             return result.fail("the activation is packed already", q)
-        if w.const_value is None or w.dtype != ir.DataType.INT4 or w.shape is None or len(w.shape) != 2:
+        if w.const_value is None or w.is_graph_input() or w.dtype != ir.DataType.INT4 or w.shape is None or len(w.shape) != 2:
             return result.fail("the weight is not a constant INT4 matrix", w)
         if w_scale.const_value is None or w_scale.dtype != ir.DataType.FLOAT or w_scale.shape is None:
             return result.fail("the weight's scale is not constant fp32", w_scale)
@@ -169,6 +170,13 @@ class _QdqLinear:
     def in_features(self) -> int:
         """K."""
         return _sizes(self.w)[1]
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """Element type of the product."""
+        dtype = self.product.outputs[0].dtype
+        assert dtype is not None
+        return dtype
 
     @property
     def scales_per_row(self) -> int:
@@ -231,7 +239,7 @@ class Fuse(ir.passes.InPlacePass):
 def _find(model: ir.Model, graph: ir.Graph) -> list[list[_QdqLinear]]:
     """The linears in the Q/DQ form, by what one GEMM can serve: one quantized input, one output type, as many scales per row."""
     product = QdqProduct()
-    found: dict[tuple[ir.Node, ir.DataType | None, int], list[_QdqLinear]] = {}
+    found: dict[tuple[ir.Node, ir.DataType, int], list[_QdqLinear]] = {}
     for node in graph:
         if (node.domain, node.op_type) != ("", "MatMul"):
             continue
@@ -249,7 +257,7 @@ def _find(model: ir.Model, graph: ir.Graph) -> list[list[_QdqLinear]]:
             output=(add or node).outputs[0],
             nodes=(*([add] if add else ()), node, *(n for n in match.nodes if n is not node), flat),
         )
-        found.setdefault((flat, linear.output.dtype, linear.scales_per_row), []).append(linear)
+        found.setdefault((flat, linear.dtype, linear.scales_per_row), []).append(linear)
     return list(found.values())
 
 
@@ -274,9 +282,9 @@ def _fuse(linears: Sequence[_QdqLinear], lowering: Lowering, names: Names) -> No
     packed = fitted.container == "packed"
     name = first.name if len(linears) == 1 else flat.metadata_props.get(GROUP_TAG) or first.name
     tags = {
-        **first.product.metadata_props,
+        **dict(set.intersection(*(set(part.product.metadata_props.items()) for part in linears))),  # the exporter's, where they agree
         GROUP_TAG: flat.metadata_props.get(GROUP_TAG) or name,
-        LINEAR_TAG: " ".join(part.name for part in linears),
+        LINEARS_TAG: json.dumps([part.name for part in linears]),
         LOWERING_TAG: f"{fitted.container}/{fitted.layout}" + (f" ({reason})" if reason else ""),
     }
     if reason:
@@ -295,14 +303,12 @@ def _fuse(linears: Sequence[_QdqLinear], lowering: Lowering, names: Names) -> No
     )
     bias = ir.tensor(np.concatenate([part.read_bias() for part in linears]))
     constants = [insert.constant(f"{name}.{what}", t) for what, t in (("weight_int4", weight), ("weight_scale", scales), ("bias", bias))]
-    assert first.output.dtype is not None
-    gemm = w4a4_gemm_node(q, scale, *constants, packed=packed, layout=fitted.layout, dtype=first.output.dtype, name=name)
+    gemm = w4a4_gemm_node(q, scale, *constants, packed=packed, layout=fitted.layout, dtype=first.dtype, name=name)
     (y,) = insert.add(gemm)
     outputs: Sequence[ir.Value] = (y,)
     if len(linears) > 1:
         sizes = insert.constant(f"{name}.split_sizes", ir.tensor([part.out_features for part in linears], dtype=ir.DataType.INT64))
         outputs = insert.add(ir.node("Split", [y, sizes], {"axis": -1}, num_outputs=len(linears), name=f"{name}.split"))
-        y.type, y.shape = ir.TensorType(first.output.dtype), last_dim(first.output.shape, n)
     for part, output in zip(linears, outputs, strict=True):
         take_over(part.output, output, ())
     insert.graph.remove(obsolete, safe=True)
@@ -310,13 +316,19 @@ def _fuse(linears: Sequence[_QdqLinear], lowering: Lowering, names: Names) -> No
 
 def _retire(linears: Sequence[_QdqLinear], names: Names) -> list[ir.Node]:
     """The matched nodes that nothing else reads; their names and their constants' are released for the new nodes, the constants dropped."""
-    gone = {part.nodes[0] for part in linears}
+    heads = {part.nodes[0] for part in linears}  # their outputs live on under their names
+    gone = set(heads)
     candidates = {node for part in linears for node in part.nodes}
     while more := {n for n in candidates - gone if all(not y.is_graph_output() and gone.issuperset(y.consumers()) for y in n.outputs)}:
         gone |= more
-    names.release(node.name for node in gone)
-    for value in (value for part in linears for value in (part.w, part.w_scale, part.bias)):
-        if value is not None and value.name and value.graph is not None and gone.issuperset(value.consumers()):
-            names.release([value.name])
-            del value.graph.initializers[value.name]
+    for node in gone:
+        names.release_node(node)
+        for value in node.outputs if node not in heads else ():
+            names.release_value(value.name)
+    for constant in (constant for part in linears for constant in (part.w, part.w_scale, part.bias)):
+        if constant is not None and constant.is_initializer() and not constant.is_graph_output() and gone.issuperset(constant.consumers()):
+            assert constant.graph is not None
+            assert constant.name is not None
+            names.release_value(constant.name)
+            del constant.graph.initializers[constant.name]
     return list(gone)

@@ -183,7 +183,8 @@ class _Rewrite:
     def _rewrite_linear(self, linear: Linear, x: ir.Value, rows: slice, scales_per_row: int, scale_dtype: ir.DataType) -> None:
         tags = {**linear.nodes[0].metadata_props, GROUP_TAG: self.group.name, LINEAR_TAG: linear.name}
         insert = Insertion(linear.nodes[0], self.names, tags)
-        self.names.release(node.name for node in linear.nodes)
+        for node in linear.nodes:
+            self.names.release_node(node)
         weight = self._weight(insert, linear, rows, scales_per_row, scale_dtype)
         shape = last_dim(x.shape, linear.out_features)
         y = insert.node("MatMul", [x, weight], name=linear.name, dtype=self.dtype, shape=shape)

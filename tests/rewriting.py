@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -16,9 +15,13 @@ from onnx import TensorProto, helper, numpy_helper
 from fqonnx.calib.solution import GroupSolution
 from fqonnx.numerics import kron_fold
 from fqonnx.passes import linears
-from fqonnx.passes.groups import LinearGroup
 from fqonnx.passes.prepare import prepare
-from fqonnx.recipe import Scheme
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from fqonnx.passes.groups import LinearGroup
+    from fqonnx.recipe import Scheme
 
 Arrays = dict[str, npt.NDArray[Any]]
 
