@@ -394,7 +394,7 @@ def _groups(linears: Sequence[Linear]) -> tuple[LinearGroup, ...]:
             name=names.unique(_group_name([linear.name for linear in members])),
             input=value,
             linears=tuple(members),
-            norm=find_site(value, [linear.nodes[0] for linear in members]),
+            norm=find_site(value, members[0].in_features, [linear.nodes[0] for linear in members]),
         )
         for value, members in by_input.items()
     )

@@ -27,7 +27,7 @@ _NORM_OPS: dict[tuple[str, str], tuple[int, int | None]] = {
 }
 
 
-def find_site(value: ir.Value, consumers: Collection[ir.Node]) -> NormSite | None:
+def find_site(value: ir.Value, width: int, consumers: Collection[ir.Node]) -> NormSite | None:
     """The place where dividing constants divides ``value`` channel by channel.
 
     Walks up from ``value`` over steps that a channel scale commutes with (1-4) to a constant gain (5, 6):
@@ -41,15 +41,13 @@ def find_site(value: ir.Value, consumers: Collection[ir.Node]) -> NormSite | Non
 
     Args:
         value: The group's input, ``[.., K]``.
+        width: K.
         consumers: The group's nodes.
 
     Returns:
         None where there is no such place, or where anything but ``consumers`` sees a value on the way.
     """
     if value.is_graph_output() or not set(value.consumers()) <= set(consumers):
-        return None
-    width = value.shape[-1] if value.shape else None
-    if not isinstance(width, int):
         return None
     beta: tuple[ir.Node, int] | None = None
     while (node := value.producer()) is not None:

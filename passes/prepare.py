@@ -9,10 +9,48 @@ from onnx_ir.passes.common import (
     RemoveInitializersFromInputsPass,
     RemoveUnusedNodesPass,
     RemoveUnusedOpsetsPass,
-    ShapeInferencePass,
 )
 
-TARGET_OPSET = 21
+from fqonnx.errors import ModelError
+from fqonnx.model import require_float
+from fqonnx.passes.opset import RaiseOpset
+from fqonnx.passes.shapes import InferShapes
+
+_SMALL_BYTES = 1024
+
+
+class InlineFunctions(ir.passes.InPlacePass):
+    """Inline the model's local functions and drop them; metadata of a call goes to the nodes that take its place."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Inline every call.
+
+        Raises:
+            ModelError: A function calls itself or takes a graph as its attribute.
+        """
+        had_functions = bool(model.functions)
+        try:
+            InlinePass()(model)
+        except (ir.passes.InvariantError, ValueError) as error:
+            raise ModelError(f"the model's functions cannot be inlined ({error}): export it without functions") from None
+        model.functions.clear()
+        return ir.passes.PassResult(model, had_functions)
+
+
+class ReadSmallConstants(ir.passes.InPlacePass):
+    """Take external tensors up to 1 KiB into memory: shapes, axes and epsilons, which shape inference has to see."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Read them in every graph of the model."""
+        modified = False
+        for graph in model.graphs():
+            for value in graph.initializers.values():
+                tensor = value.const_value
+                if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= _SMALL_BYTES:
+                    value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
+                    tensor.release()
+                    modified = True
+        return ir.passes.PassResult(model, modified)
 
 
 class NameNodes(ir.passes.InPlacePass):
@@ -43,24 +81,30 @@ class NameNodes(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified)
 
 
-PREPARE: tuple[ir.passes.PassBase, ...] = (
-    InlinePass(),
+PREPARE: tuple[ir.passes.InPlacePass, ...] = (
+    RaiseOpset(),
+    InlineFunctions(),
     RemoveInitializersFromInputsPass(),
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+    ReadSmallConstants(),
     RemoveUnusedNodesPass(),
     RemoveUnusedOpsetsPass(),
     NameNodes(),
-    ShapeInferencePass(check_type=False, strict_mode=False),
+    InferShapes(),
 )
-"""The passes of ``prepare``, in order."""
+"""The passes of ``prepare``, in order. Opsets come first: a function can only be inlined into a graph of its own opset."""
 
 
 def prepare(model: ir.Model) -> ir.Model:
-    """Run ``PREPARE`` on the model, in place.
+    """Check that the model is one that can be quantized and run ``PREPARE`` on it, in place.
+
+    Returns:
+        The same model, with the same inputs, outputs and results.
 
     Raises:
-        ModelError: The model uses something that has no form at opset 21.
+        ModelError: What ``fqonnx.model.require_float`` refuses, or something that has no form at opset 21.
     """
+    require_float(model)
     for step in PREPARE:
         model = step(model).model
     return model
