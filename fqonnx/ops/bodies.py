@@ -66,14 +66,19 @@ FlatQuantize <bits: int = 4, packed: int = 0, plugin_namespace: string = "fqonnx
     # 2^-126, reference.SMALLEST_SCALE.
     smallest = Constant <value_float: float = 1.1754943508222875e-38> ()
     t_abs = Abs (t)
-    t_max_reduced = ReduceMax <keepdims: int = 1> (t_abs, last)
-    # ONNX Runtime (1.31) leaves a tensor without rows unreduced; elsewhere this slice is all there is.
-    t_max = Slice (t_max_reduced, begin, second, last)
-    clip_step = Div (clip, qmax)
-    step = Mul (t_max, clip_step)
+    t_max = ReduceMax <keepdims: int = 1> (t_abs, last)
+    t_clip = Mul (t_max, clip)
+    step = Div (t_clip, qmax)
     is_zero = Less (step, smallest)
-    scale = Where (is_zero, one, step)
-    t_steps = Div (t, scale)
+    scale_finite = Where (is_zero, one, step)
+    t_steps = Div (t, scale_finite)
+    # Not every runtime's ReduceMax sees a NaN; a sum does, and is finite for a finite row: |t_steps| is at most qmax / clip.
+    zero = Constant <value_float: float = 0.0> ()
+    t_steps_sum = ReduceSum <keepdims: int = 1> (t_steps, last)
+    nan_or_zero = Mul (t_steps_sum, zero)
+    scale_or_nan = Add (scale_finite, nan_or_zero)
+    # ONNX Runtime (1.31) leaves a tensor without rows unreduced; elsewhere this slice is all there is.
+    scale = Slice (scale_or_nan, begin, second, last)
     t_round = Round (t_steps)
     codes = Clip (t_round, qmin, qmax)
 

@@ -24,11 +24,11 @@ def flat_quantize(x: FloatArray, left: Array, right: Array, clip: float, *, bits
 
     - ``t = leftᵀ · reshape(x, n1, n2) · right``, flattened again; where ``n1 n2`` is a proper divisor of K each run of ``n1 n2``
       columns is transformed so. ``left = right = [[1]]`` is no transform;
-    - ``step = max|t| · (clip / qmax)``; ``scale = step``, or 1 where ``step < 2^-126`` (an all-zero row, and one so small that its
+    - ``step = (max|t| · clip) / qmax``; ``scale = step``, or 1 where ``step < 2^-126`` (an all-zero row, and one so small that its
       scale would be denormal: its codes are 0);
     - ``q = clamp(round_half_even(t / scale), -qmax - 1, qmax)``.
 
-    Where ``t`` overflows or holds NaN, ``scale`` is not finite, so that the error is not hidden; the row's codes are not specified.
+    Where ``t`` overflows or holds NaN, ``scale`` is NaN, so that whatever is computed from the row is too; its codes are not specified.
 
     Args:
         x: ``[.., K]`` fp16, bf16 (``ml_dtypes``) or fp32, rank 1 or more.
@@ -53,8 +53,9 @@ def flat_quantize(x: FloatArray, left: Array, right: Array, clip: float, *, bits
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         blocks = x.astype(np.float32).reshape(math.prod(x.shape[:-1]), k // (n1 * n2), n1, n2)
         t = np.matmul(left.T, np.matmul(blocks, right)).reshape(x.shape)
-        step = np.abs(t).max(axis=-1, keepdims=True) * (np.float32(clip) / qmax)
+        step = np.abs(t).max(axis=-1, keepdims=True) * np.float32(clip) / qmax
         scale = np.where(step < np.float32(SMALLEST_SCALE), np.float32(1), step)
+        scale = np.where(np.isfinite(step), scale, np.float32(np.nan))
         q = np.nan_to_num(np.clip(np.rint(t / scale), -qmax - 1, qmax)).astype(np.int8)
     return pack_rows(q) if packed else q, scale
 
