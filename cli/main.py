@@ -86,7 +86,7 @@ for _command in (inspect, build, verify, report):
     program.add_command(_command)
 
 
-def main() -> NoReturn:
+def main() -> None:
     """Entry point of the ``fqonnx`` executable."""
 
     def terminate(_number: int, _frame: FrameType | None) -> NoReturn:

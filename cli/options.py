@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -130,17 +129,15 @@ def _read_table(file: Path) -> dict[str, Any]:
     return values
 
 
-@dataclass(frozen=True)
-class _ShapesType(click.ParamType):
-    """``name:1x3`` or ``name:[1,3]`` to ``(name, (1, 3))``; the name may hold colons, an empty list of dimensions is a scalar."""
-
-    name: str = "shape"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, tuple[int, ...]]:
+def _parse_shapes(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> Shapes:
+    """``name:1x3`` or ``name:[1,3]``; the name may hold colons, an empty list of dimensions is a scalar."""
+    shapes = {}
+    for value in values:
         match = _SHAPE.fullmatch(value.strip())
         if match is None:
-            self.fail(f"{value!r} is no shape: write NAME:1x3 or NAME:[1,3]", param, ctx)
-        return match["name"], tuple(int(dim) for dim in re.findall(r"\d+", match["dims"]))
+            raise click.BadParameter(f"{value!r} is no shape: write NAME:1x3 or NAME:[1,3]", context, option)
+        shapes[match["name"]] = tuple(int(dim) for dim in re.findall(r"\d+", match["dims"]))
+    return shapes
 
 
 _SHAPE_OPTIONS = ("--min-shapes", "--opt-shapes", "--max-shapes")
@@ -148,7 +145,7 @@ _SHAPE_OPTIONS = ("--min-shapes", "--opt-shapes", "--max-shapes")
 shape_options = group(
     *(
         click.option(
-            name, multiple=True, type=_ShapesType(), metavar="NAME:1x3 ...", help=f"{what} shape of each dynamic input, for an engine."
+            name, multiple=True, callback=_parse_shapes, metavar="NAME:1x3 ...", help=f"{what} shape of each dynamic input, for an engine."
         )
         for name, what in zip(_SHAPE_OPTIONS, ("Smallest", "Usual", "Largest"), strict=True)
     )
@@ -177,11 +174,7 @@ class ShapesCommand(click.Command):
         return super().parse_args(ctx, spread)
 
 
-def read_profiles(
-    minimum: Sequence[tuple[str, tuple[int, ...]]],
-    optimum: Sequence[tuple[str, tuple[int, ...]]],
-    maximum: Sequence[tuple[str, tuple[int, ...]]],
-) -> dict[str, Profile]:
+def read_profiles(low: Shapes, mid: Shapes, high: Shapes) -> dict[str, Profile]:
     """The profile of each input that one of the three shapes options names.
 
     What is not given is taken from the others: the usual shape from the largest, the rest from the usual one.
@@ -189,7 +182,6 @@ def read_profiles(
     Raises:
         UsageError: Ranks differ, or the three are not in order.
     """
-    low, mid, high = dict(minimum), dict(optimum), dict(maximum)
     profiles = {}
     for name in {**low, **mid, **high}:
         usual = next(shapes[name] for shapes in (mid, high, low) if name in shapes)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from fqonnx.passes.groups import LinearGroup
 
 _SCALE_BYTES = 4
-_GROUPS_SHOWN = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ def inspect(path: Path | str, *, recipe: Recipe | None = None) -> Inspection:
         for item in model_file.inputs(model)
     }
     float_bytes = constant_bytes(model)
-    prepare(model)
+    model = prepare(model)
     found = linear_pass.find(model, keep=recipe.keep, quantize_head=recipe.quantize_head, group_size=recipe.group_size)
     groups = tuple(_inspect_group(group, recipe) for group in found.groups)
     saved = sum(group.float_bytes - group.quantized_bytes for group in groups)
@@ -137,6 +137,14 @@ def _inspect_group(group: LinearGroup, recipe: Recipe) -> GroupInspection:
     )
 
 
+def _alike(groups: tuple[GroupInspection, ...]) -> dict[tuple[str, int, int, bool], list[GroupInspection]]:
+    """Groups that differ in the numbers in their names alone, such as the same one of every layer, under a name with ``*`` for those."""
+    alike = defaultdict(list)
+    for group in groups:
+        alike[re.sub(r"\d+", "*", group.name), group.in_features, group.out_features, group.scale_folds_into_norm].append(group)
+    return {(found[0].name if len(found) == 1 else key[0], *key[1:]): found for key, found in alike.items()}
+
+
 def _product(shape: tuple[int, ...]) -> int:
     size = 1
     for dim in shape:
@@ -146,6 +154,7 @@ def _product(shape: tuple[int, ...]) -> int:
 
 def print_inspection(inspection: Inspection, console: Console) -> None:
     """Print tables for people: the groups, what stays in float by reason, and the gain."""
+    from rich import box
     from rich.markup import escape
     from rich.table import Table
 
@@ -153,24 +162,27 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
     for name, text in inspection.inputs.items():
         console.print(f"  input {escape(name)}: {escape(text)}")
 
-    table = Table(title=f"{len(inspection.groups)} groups to quantize ({inspection.recipe['scheme']})", title_justify="left")
+    table = Table(
+        title=f"{len(inspection.groups)} groups to quantize ({inspection.recipe['scheme']})", title_justify="left", box=box.SIMPLE_HEAD
+    )
+    table.add_column("count", justify="right")
     table.add_column("group", overflow="fold")
-    for heading in ("linears", "K", "N", "float MB", "quantized MB"):
-        table.add_column(heading, justify="right")
+    for heading in ("K", "N", "MB"):
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("channel scale")
-    for group in inspection.groups[:_GROUPS_SHOWN]:
-        sizes = (f"{group.float_bytes / 1e6:.2f}", f"{group.quantized_bytes / 1e6:.2f}")
-        where = "folds into the norm" if group.scale_folds_into_norm else "online"
-        table.add_row(escape(group.name), str(len(group.linears)), str(group.in_features), str(group.out_features), *sizes, where)
+    for pattern, groups in _alike(inspection.groups).items():
+        sizes = f"{sum(g.float_bytes for g in groups) / 1e6:.1f} -> {sum(g.quantized_bytes for g in groups) / 1e6:.1f}"
+        where = "in the norm" if groups[0].scale_folds_into_norm else "online"
+        table.add_row(str(len(groups)), escape(pattern[0]), str(groups[0].in_features), str(groups[0].out_features), sizes, where)
     if inspection.groups:
         console.print(table)
-    if len(inspection.groups) > _GROUPS_SHOWN:
-        console.print(f"... and {len(inspection.groups) - _GROUPS_SHOWN} more: see --json")
 
     if inspection.left_in_float:
         reasons = Counter(left.reason for left in inspection.left_in_float)
         example = {left.reason: left.name for left in reversed(inspection.left_in_float)}
-        left_table = Table(title=f"{len(inspection.left_in_float)} matrix products left in float", title_justify="left")
+        left_table = Table(
+            title=f"{len(inspection.left_in_float)} matrix products left in float", title_justify="left", box=box.SIMPLE_HEAD
+        )
         left_table.add_column("count", justify="right")
         left_table.add_column("reason", overflow="fold")
         left_table.add_column("for example", overflow="fold")

@@ -1,0 +1,458 @@
+"""``fqonnx build`` as a function: from a float model and data to a verified build directory."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from fqonnx import artifact
+from fqonnx import model as model_file
+from fqonnx.calib.record import write_record
+from fqonnx.calib.registry import transform_named, weight_quantizer_named
+from fqonnx.calib.solve import solve
+from fqonnx.engines import Profile, profiles_from_shapes
+from fqonnx.engines import engine as engine_named
+from fqonnx.errors import DataError, ModelError, UsageError
+from fqonnx.inspect import constant_bytes
+from fqonnx.passes.edit import GROUP_TAG
+from fqonnx.passes.fuse import LOWERING_TAG, lowering_for
+from fqonnx.progress import Silent
+from fqonnx.recipe import Recipe
+from fqonnx.report import DataReport, GroupReport, LeftReport, Report, load_report, save_report
+from fqonnx.report.html import save_html
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    import numpy.typing as npt
+
+    from fqonnx.calib.data import Source
+    from fqonnx.calib.observe import StatsStore
+    from fqonnx.calib.solution import GroupSolution
+    from fqonnx.passes.groups import LinearGroup, Linears
+    from fqonnx.progress import Progress
+
+    Feeds = dict[str, npt.NDArray[Any]]
+
+HELD_OUT_SHARE = 0.1
+"""Share of the samples that calibration does not see and verification runs on."""
+
+_log = logging.getLogger(__name__)
+
+
+def build(
+    model: Path | str,
+    out: Path | str,
+    *,
+    recipe: Recipe | None = None,
+    calib_data: str | None = None,
+    random_calibration: bool = False,
+    calib_samples: int = 128,
+    batch_size: int = 1,
+    tokenizer: Path | None = None,
+    seq_len: int | None = None,
+    engine: str = "onnxruntime",
+    target: str | None = None,
+    device: str = "cpu",
+    profiles: Mapping[str, Profile] | None = None,
+    max_error: float | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+    command: str = "",
+) -> Report:
+    """Quantize a model, build it for an engine, verify it on samples that calibration did not see, and write the build directory.
+
+    The directory appears under its name only when everything is in it and on the disk. It is written whether or not the result
+    passes: look at ``Report.passed``.
+
+    Args:
+        model: The float ``.onnx`` file.
+        out: The build directory to write.
+        recipe: What to build; None is the default recipe.
+        calib_data: Data source (see ``fqonnx.calib.data``); the last tenth of its samples is held out for verification.
+        random_calibration: Take random inputs that fit the graph instead of ``calib_data``.
+        calib_samples: Samples to read at most.
+        batch_size: Samples per run where the model's shapes allow it.
+        tokenizer: ``tokenizer.json`` for text data.
+        seq_len: Tokens per sample for text data.
+        engine: A key of ``fqonnx.engines.ENGINES``.
+        target: Architecture to lower for, such as ``sm90``; None makes a model that runs everywhere.
+        device: ``cpu`` or ``cuda``: where transforms are trained and models run.
+        profiles: Shapes of dynamic inputs for an engine; None takes those of the data.
+        max_error: Largest relative L2 error of a float output; None asks for finite outputs only.
+        resume: Reuse what an interrupted build of the same ``out`` has finished.
+        force: Replace an existing build directory.
+        progress: Where to tell how far it is.
+        command: The command line, for the report.
+
+    Returns:
+        The report that is in the directory.
+
+    Raises:
+        UsageError: A choice is unknown, or there is no data and no ``random_calibration``.
+        ModelError: The model cannot be read or holds nothing to quantize.
+        DataError: The data is malformed or does not fit the model.
+        CalibrationError: A group's statistics or solution are unusable.
+        EngineError: The engine cannot be built here.
+        ArtifactError: ``out`` cannot be written, exists, or another build is writing it.
+    """
+    recipe = recipe or Recipe()
+    progress = progress or Silent()
+    builder = engine_named(engine)
+    lowering_for(target)  # refuse a target without kernels before the long work
+    clock = _Clock()
+    with artifact.Workspace(Path(out), force=force, resume=resume) as workspace:
+        with clock("read"):
+            float_model = _FloatModel.read(Path(model), recipe)
+            source = open_data(
+                float_model.model,
+                calib_data,
+                samples=calib_samples,
+                batch_size=batch_size,
+                tokenizer=tokenizer,
+                seq_len=seq_len,
+                seed=recipe.seed,
+                random=random_calibration,
+            )
+            data = _Data.split(source, calib_data)
+        workspace.settings(
+            {
+                "fqonnx": version("fqonnx"),
+                "model": float_model.fingerprint,
+                "recipe": recipe.to_dict(),
+                "data": data.calibration.fingerprint,
+                "device": device,
+            }
+        )
+        workspace.require_space(float_model.disk_needed())
+        groups = float_model.found.groups
+        with clock("observe"):
+            stats = _observe(float_model, data, recipe, workspace.work, progress)
+        with clock("solve"):
+            inputs = f"{float_model.fingerprint} {data.calibration.fingerprint}"
+            solution = solve(groups, stats, recipe, workdir=workspace.work, fingerprint=inputs, device=device, progress=progress)
+        with clock("rewrite"):
+            bindings = _write_model(float_model, solution, recipe, target, workspace.files / artifact.MODEL)
+            write_record(workspace.files / artifact.CALIBRATION, [group.name for group in groups], solution, recipe)
+        with clock("engine"):
+            shapes = {**data.profiles, **(profiles or {})}
+            builder.build(workspace.files / artifact.MODEL, workspace.files / artifact.ENGINE, profiles=shapes, target=target)
+        entries = [_describe(group, solution(group.name), recipe, bindings[group.name]) for group in groups]
+        with clock("verify"):
+            report = _verify(float_model.path, workspace.files / artifact.MODEL, data, max_error, device, progress)
+        report = replace(
+            report,
+            candidate=workspace.out.name,
+            groups=tuple(entry for entry, _ in entries),
+            left_in_float=tuple(LeftReport.of(left) for left in float_model.found.left_in_float),
+            recipe=recipe.to_dict(),
+            command=command,
+            notes=(*data.notes, *report.notes),
+            time=clock.seconds(),
+        )
+        save_report(report, workspace.files / artifact.REPORT)
+        save_html(report, workspace.files / artifact.PAGE)
+        artifact.write_manifest(
+            workspace.files,
+            {
+                "model": {"name": float_model.path.name, "sha256": float_model.fingerprint},
+                "recipe": recipe.to_dict(),
+                "target": target,
+                "engine": engine,
+                "calibration": {
+                    "data": data.name,
+                    "samples": data.calibration.length,
+                    "held_out": data.held_out.length,
+                    "fingerprint": data.calibration.fingerprint,
+                },
+                "versions": report.environment,
+                "groups": [entry for _, entry in entries],
+                "left_in_float": [_encode_left(left) for left in report.left_in_float],
+                "passed": report.passed,
+            },
+        )
+        workspace.commit()
+    return report
+
+
+def open_data(
+    model: ir.Model,
+    spec: str | None,
+    *,
+    samples: int | None,
+    batch_size: int = 1,
+    tokenizer: Path | None = None,
+    seq_len: int | None = None,
+    seed: int = 0,
+    random: bool = False,
+) -> Source:
+    """The data that a model is calibrated or verified on.
+
+    Args:
+        model: The model to feed.
+        spec: A data source (see ``fqonnx.calib.data``); None goes with ``random``.
+        samples: Samples to read at most; None reads all.
+        batch_size: Samples per run where the model's shapes allow it.
+        tokenizer: ``tokenizer.json`` for text data.
+        seq_len: Tokens per sample for text data.
+        seed: Seed of random data.
+        random: Take random inputs that fit the graph.
+
+    Raises:
+        UsageError: Neither data nor ``random``, or both.
+        DataError: The data cannot be read or does not fit the model's inputs.
+    """
+    if (spec is None) != random:
+        raise UsageError("give calibration data, or ask for random inputs, and not both")
+    if spec is None:
+        from fqonnx.calib.random_data import RandomSource
+
+        return RandomSource(model, seed=seed, samples=samples or 1)
+    from fqonnx.calib.data import open_source
+
+    return open_source(spec, model_file.inputs(model), samples=samples, batch_size=batch_size, tokenizer=tokenizer, seq_len=seq_len)
+
+
+def read_report(opened: artifact.Artifact) -> Report:
+    """The report of a build directory.
+
+    Raises:
+        ArtifactError: It is missing or not a report.
+    """
+    return load_report(opened.report)
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._stages: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        _log.info("%s ...", stage)
+        try:
+            yield
+        finally:
+            self._stages[stage] = time.perf_counter() - start
+            _log.info("%s: %.1f s", stage, self._stages[stage])
+
+    def seconds(self) -> dict[str, float]:
+        return {**self._stages, "total": time.perf_counter() - self._start}
+
+
+@dataclass(frozen=True)
+class _FloatModel:
+    """The float model, read and looked through."""
+
+    path: Path
+    model: ir.Model
+    found: Linears
+    fingerprint: str
+    float_bytes: int
+
+    @classmethod
+    def read(cls, path: Path, recipe: Recipe) -> _FloatModel:
+        from fqonnx.passes.linears import find
+        from fqonnx.passes.prepare import prepare
+
+        model = model_file.load(path)
+        model_file.require_float(model)
+        fingerprint, float_bytes = _fingerprint(path, model), constant_bytes(model)
+        model = prepare(model)
+        found = find(model, keep=recipe.keep, quantize_head=recipe.quantize_head, group_size=recipe.group_size)
+        if not found.groups:
+            raise ModelError(f"{path} has nothing to quantize: {_why_nothing(found)}")
+        return cls(path, model, found, fingerprint, float_bytes)
+
+    def disk_needed(self) -> int:
+        """Bytes that a build writes at its peak, roughly: solved codes at one byte a weight, and the model at its float size at most."""
+        return self.float_bytes + sum(group.in_features * group.out_features for group in self.found.groups)
+
+
+def _why_nothing(found: Linears) -> str:
+    if not found.left_in_float:
+        return "it contains no matrix product with a constant weight"
+    first = found.left_in_float[0]
+    more = f" (and {len(found.left_in_float) - 1} more, see `fqonnx inspect`)" if len(found.left_in_float) > 1 else ""
+    return f"{first.name!r} stays in float because: {first.reason}{more}"
+
+
+def _fingerprint(path: Path, model: ir.Model) -> str:
+    """SHA-256 over the model file and every external data file it names, in order of their names."""
+    digest = hashlib.sha256(artifact.file_hash(path).encode())
+    tensors = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
+    for file in sorted({Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}):
+        digest.update(artifact.file_hash(file).encode())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class _FeedRange:
+    """Feeds ``start`` to ``stop`` of a source, itself a source."""
+
+    source: Source
+    start: int
+    stop: int
+
+    def __iter__(self) -> Iterator[Feeds]:
+        return islice(iter(self.source), self.start, self.stop)
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.source.fingerprint}[{self.start}:{self.stop}]"
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What calibration sees and what verification sees."""
+
+    name: str
+    random: bool
+    calibration: _FeedRange
+    held_out: _FeedRange
+    profiles: dict[str, Profile]
+    notes: tuple[str, ...]
+
+    @classmethod
+    def split(cls, source: Source, spec: str | None) -> _Data:
+        """Read the data once, so that every mistake in it is told before the work starts, and hold out the last tenth.
+
+        Raises:
+            DataError: There is nothing in it.
+        """
+        name = spec or "random inputs"
+        shapes: dict[str, list[tuple[int, ...]]] = {}
+        count = 0
+        for feeds in source:
+            count += 1
+            for key, array in feeds.items():
+                shapes.setdefault(key, []).append(array.shape)
+        if not count:
+            raise DataError(f"{name} holds no samples: give at least one")
+        held = max(1, round(count * HELD_OUT_SHARE)) if count > 1 else 0
+        notes = [] if held else [f"{name} has one sample, which calibration saw and verification runs on: give more for an honest figure"]
+        if spec is None:
+            notes.append("calibrated and verified on random inputs: the accuracy says little about real use, give --calib-data for that")
+        for note in notes:
+            _log.warning(note)
+        return cls(
+            name,
+            spec is None,
+            _FeedRange(source, 0, count - held),
+            _FeedRange(source, count - held if held else 0, count),
+            profiles_from_shapes(shapes),
+            tuple(notes),
+        )
+
+    @property
+    def report(self) -> DataReport:
+        """What the figures are measured on, in words."""
+        seen = self.calibration.length
+        note = f"held out: calibration saw the {seen} before them" if self.held_out.start else "the sample that calibration saw"
+        return DataReport(source=self.name, samples=self.held_out.length, note=note)
+
+
+def _observe(float_model: _FloatModel, data: _Data, recipe: Recipe, workdir: Path, progress: Progress) -> StatsStore | None:
+    """Statistics of every group's input, where the recipe has a use for them."""
+    needs_tokens = transform_named(recipe.transform).needs_tokens
+    needs_hessian = weight_quantizer_named(recipe.weights).needs_hessian
+    if not (needs_tokens or needs_hessian):
+        return None
+    from fqonnx.calib.observe import observe
+
+    return observe(
+        float_model.model,
+        float_model.found.groups,
+        data.calibration,
+        workdir=workdir,
+        needs_tokens=True,
+        needs_hessian=needs_hessian,
+        seed=recipe.seed,
+        progress=progress,
+    )
+
+
+def _write_model(
+    float_model: _FloatModel, solution: Callable[[str], GroupSolution], recipe: Recipe, target: str | None, path: Path
+) -> dict[str, str]:
+    """Rewrite the float model, in place, and write it, weights streamed group by group; returns each group's kernel binding."""
+    import onnx
+
+    from fqonnx.passes.pipeline import quantize_model
+
+    model = quantize_model(float_model.model, float_model.found.groups, solution, recipe, target)
+    bindings = _bindings(model, [group.name for group in float_model.found.groups])
+    model_file.save(model, path)
+    onnx.checker.check_model(str(path))
+    return bindings
+
+
+def _bindings(model: ir.Model, names: Sequence[str]) -> dict[str, str]:
+    """By group, the op that multiplies and how its operands are stored, as the passes noted it on their nodes."""
+    bindings = dict.fromkeys(names, "DequantizeLinear + MatMul")
+    for node in model.graph:
+        group, lowering = node.metadata_props.get(GROUP_TAG), node.metadata_props.get(LOWERING_TAG)
+        if group in bindings and lowering is not None:
+            bindings[group] = f"{node.domain}.{node.op_type} {lowering}"
+    return bindings
+
+
+def _describe(group: LinearGroup, solution: GroupSolution, recipe: Recipe, binding: str) -> tuple[GroupReport, dict[str, Any]]:
+    """A group's entries in the report and in the manifest."""
+    transform: dict[str, Any] = {
+        "name": recipe.transform,
+        "channel_scale": solution.channel_scale is not None,
+        "clip": float(solution.clip),
+    }
+    if solution.left is not None and solution.right is not None:
+        transform |= {"left": list(solution.left.shape), "right": list(solution.right.shape)}
+    entry = {
+        "name": group.name,
+        "linears": [
+            {"name": linear.name, "in_features": linear.in_features, "out_features": linear.out_features} for linear in group.linears
+        ],
+        "transform": transform,
+        "weight_bits": recipe.bits.weight_bits,
+        "activation_bits": recipe.bits.activation_bits,
+        "scales": list(solution.scales.shape),
+        "kernel": binding,
+        "metrics": {name: value if math.isfinite(value) else None for name, value in solution.metrics.items() if name != "seconds"},
+    }
+    return GroupReport.from_solution(group, solution, recipe), entry
+
+
+def _encode_left(left: LeftReport) -> dict[str, str]:
+    return {"name": left.name, "op_type": left.op_type, "reason": left.reason}
+
+
+def _verify(reference: Path, candidate: Path, data: _Data, max_error: float | None, device: str, progress: Progress) -> Report:
+    from fqonnx.verify import verify
+
+    return verify(
+        reference,
+        candidate,
+        data.held_out,
+        max_error=max_error,
+        tokens=False if data.random else None,
+        device=device,
+        data=data.report,
+        progress=progress,
+    )
