@@ -23,7 +23,7 @@ def forward(fitted: FittedTransform, x: torch.Tensor) -> torch.Tensor:
 
 
 def fold(fitted: FittedTransform, weight: torch.Tensor) -> torch.Tensor:
-    """Undo ``forward`` in the weight ``[N, K]``: ``forward(x) · fold(W)ᵀ = x · Wᵀ``."""
+    """Undo the transform in the weight ``[N, K]``, so that ``forward(x) · foldedᵀ = x · Wᵀ``."""
     if fitted.left is None or fitted.right is None:
         return weight if fitted.channel_scale is None else weight * fitted.channel_scale
     return kron.fold(weight, fitted.left, fitted.right, fitted.channel_scale)

@@ -1,0 +1,48 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from fqonnx.calib import kron
+
+
+@pytest.mark.parametrize(
+    ("k", "expected"),
+    [(1, (1, 1)), (7, (1, 7)), (4099, (1, 4099)), (512, (16, 32)), (4096, (64, 64)), (11008, (86, 128)), (14336, (112, 128)), (10, (2, 5))],
+)
+def test_factor_has_the_smallest_sum(k: int, expected: tuple[int, int]) -> None:
+    assert kron.factor(k) == expected
+
+
+@given(st.integers(1, 5000))
+def test_factor_always_ends_with_the_cheapest_pair(k: int) -> None:
+    n1, n2 = kron.factor(k)
+    assert n1 <= n2
+    assert n1 * n2 == k
+    assert all(k % d or d <= n1 for d in range(1, math.isqrt(k) + 1))
+
+
+def test_factor_refuses_zero() -> None:
+    with pytest.raises(ValueError, match="cannot factor 0"):
+        kron.factor(0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(n1=st.integers(1, 9), n2=st.integers(1, 9), rows=st.integers(0, 5), seed=st.integers(0, 2**31))
+def test_apply_is_the_kronecker_product(n1: int, n2: int, rows: int, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    left, right = (torch.randn(n, n, generator=g, dtype=torch.float64) for n in (n1, n2))
+    x = torch.randn(rows, n1 * n2, generator=g, dtype=torch.float64)
+    torch.testing.assert_close(kron.apply(x, left, right), x @ torch.kron(left, right))
+
+
+@settings(max_examples=40, deadline=None)
+@given(n1=st.integers(1, 9), n2=st.integers(1, 9), scaled=st.booleans(), seed=st.integers(0, 2**31))
+def test_fold_undoes_the_transform(n1: int, n2: int, scaled: bool, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    left, right = (torch.eye(n, dtype=torch.float64) * 2 + 0.3 * torch.randn(n, n, generator=g, dtype=torch.float64) / n for n in (n1, n2))
+    weight, x = (torch.randn(4, n1 * n2, generator=g, dtype=torch.float64) for _ in range(2))
+    scale = torch.rand(n1 * n2, generator=g, dtype=torch.float64) + 0.1 if scaled else None
+    t = kron.apply(x if scale is None else x / scale, left, right)
+    torch.testing.assert_close(t @ kron.fold(weight, left, right, scale).mT, x @ weight.mT)

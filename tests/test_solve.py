@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from fqonnx.calib import files
+from fqonnx.calib.observe import StatsStore
+from fqonnx.calib.solution import GroupStats
+from fqonnx.calib.solve import SolutionStore, solve
+from fqonnx.calib.solve_group import solve_group
+from fqonnx.errors import CalibrationError
+from fqonnx.passes.groups import Linear, LinearGroup
+from fqonnx.recipe import Recipe
+
+RECIPE = Recipe(steps=6)
+
+
+def weights(seed: int, n: int = 40, k: int = 48) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((n, k), np.float32)
+
+
+def statistics(seed: int, t: int = 200, k: int = 48) -> GroupStats:
+    rng = np.random.default_rng(100 + seed)
+    x = rng.standard_normal((t, k), np.float32) * np.where(np.arange(k) % 9 == 0, 20, 1).astype(np.float32)
+    return GroupStats(x, x.T @ x / t, np.abs(x).max(0), t)
+
+
+def group(index: int) -> LinearGroup:
+    value = ir.Value(name=f"x{index}")
+    halves = np.split(weights(index), 2)
+    linears = tuple(Linear(f"g{index}.{i}", value, value, (), 20, 48, lambda half=half: half) for i, half in enumerate(halves))
+    return LinearGroup(f"g{index}", value, linears)
+
+
+@pytest.fixture
+def stats(tmp_path: Path) -> StatsStore:
+    store = StatsStore(tmp_path / "stats", ["g0", "g1", "g2"], "key")
+    for index in range(3):
+        store.save(f"g{index}", statistics(index))
+    return store
+
+
+GROUPS = [group(index) for index in range(3)]
+
+
+def arrays(store: SolutionStore) -> dict[str, np.ndarray]:
+    return {f"{g.name}/{key}": value for g in GROUPS for key, value in files.read(store.path(g.name)).items()}
+
+
+def same(one: SolutionStore, two: SolutionStore) -> bool:
+    first, second = arrays(one), arrays(two)
+    return first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) for key in first)
+
+
+def test_solution_is_complete_and_better_than_plain_rounding(tmp_path: Path, stats: StatsStore) -> None:
+    best = solve(GROUPS, stats, Recipe(steps=100), workdir=tmp_path / "a", fingerprint="f", jobs=2)
+    plain = solve(GROUPS, stats, Recipe(transform="none", weights="rtn"), workdir=tmp_path / "b", fingerprint="f")
+    for index in range(3):
+        solution = best(f"g{index}")
+        assert solution.codes.shape == (40, 48)
+        assert solution.codes.dtype == np.int8
+        assert solution.scales.shape == (40, 1)
+        assert solution.left is not None
+        assert solution.left.shape == (6, 6)
+        assert solution.metrics["output_rel_l2"] < 0.7 * plain(f"g{index}").metrics["output_rel_l2"]
+        assert solution.metrics["flatness_after"] < solution.metrics["flatness_before"]
+        assert solution.profile_before is not None
+        assert (np.diff(solution.profile_before) <= 0).all()
+    assert not list((tmp_path / "a" / "weights").iterdir())
+
+
+def test_result_does_not_depend_on_jobs_or_on_what_was_solved_before(tmp_path: Path, stats: StatsStore) -> None:
+    one = solve(GROUPS, stats, RECIPE, workdir=tmp_path / "a", fingerprint="f", jobs=1)
+    solve(GROUPS[1:2], stats, RECIPE, workdir=tmp_path / "c", fingerprint="f", jobs=1)
+    two = solve(GROUPS, stats, RECIPE, workdir=tmp_path / "b", fingerprint="f", jobs=2)
+    assert same(one, two)
+    two.path("g1").unlink()
+    two.path("g2").write_bytes(two.path("g2").read_bytes()[:100])  # a damaged file does not count as solved
+    again = solve(GROUPS, stats, RECIPE, workdir=tmp_path / "b", fingerprint="f", jobs=2)
+    assert same(one, again)
+
+
+def test_solved_groups_are_kept_and_other_settings_are_not(tmp_path: Path, stats: StatsStore) -> None:
+    store = solve(GROUPS, stats, RECIPE, workdir=tmp_path, fingerprint="f", jobs=1)
+    written = [store.path(g.name).stat().st_mtime_ns for g in GROUPS]
+    solve(GROUPS, stats, RECIPE, workdir=tmp_path, fingerprint="f", jobs=1)
+    assert [store.path(g.name).stat().st_mtime_ns for g in GROUPS] == written
+    solve(GROUPS, stats, RECIPE, workdir=tmp_path, fingerprint="other", jobs=1)
+    assert all(store.path(g.name).stat().st_mtime_ns > before for g, before in zip(GROUPS, written, strict=True))
+
+
+def test_error_in_a_worker_reaches_the_caller_in_one_line(tmp_path: Path, stats: StatsStore) -> None:
+    broken = weights(0)
+    broken[3, 3] = np.nan
+    value = ir.Value(name="x")
+    bad = LinearGroup("g0", value, (Linear("bad", value, value, (), 40, 48, lambda: broken),))
+    with pytest.raises(CalibrationError, match=r"^group 'g0': its weights hold NaN or Inf: the model is damaged$"):
+        solve([bad, *GROUPS[1:]], stats, RECIPE, workdir=tmp_path, fingerprint="f", jobs=2)
+
+
+def test_a_worker_that_dies_is_an_error(tmp_path: Path, stats: StatsStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "sitecustomize.py").write_text("import os, sys\nif 'fqonnx.calib.worker' in sys.orig_argv: os._exit(9)\n")
+    with pytest.raises(CalibrationError, match=r"its process ended with code 9: most likely out of memory"):
+        solve(GROUPS, stats, RECIPE, workdir=tmp_path, fingerprint="f", jobs=2)
+
+
+def test_recipe_without_data_needs_no_statistics(tmp_path: Path) -> None:
+    store = solve(GROUPS, None, Recipe(transform="hadamard", weights="rtn"), workdir=tmp_path, fingerprint="f")
+    solution = store("g0")
+    assert set(solution.metrics) == {"weight_rel_l2", "seconds"}
+    assert solution.profile_before is None
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(transform="smooth", weights="rtn"), Recipe(transform="none", weights="gptq")])
+def test_missing_statistics_are_named(recipe: Recipe) -> None:
+    with pytest.raises(CalibrationError, match="group 'q': .* needs calibration statistics"):
+        solve_group("q", weights(0), None, recipe, seed=0)
+
+
+def test_unknown_group_has_no_solution(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="'q' has no solution"):
+        SolutionStore(tmp_path, ["a"], "key")("q")
+
+
+def test_worker_answers_every_task_and_survives_errors(tmp_path: Path) -> None:
+    task = {"name": "q", "weight": str(tmp_path / "w"), "stats": None, "result": "r", "key": "k", "recipe": {}, "seed": 0, "device": "cpu"}
+    lines = json.dumps(task) + "\n" + json.dumps(task) + "\n"
+    done = subprocess.run([sys.executable, "-m", "fqonnx.calib.worker"], input=lines, capture_output=True, text=True, check=True)
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(answers) == 2
+    assert all("No such file" in answer["error"] for answer in answers)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_few_tokens_are_enough(tokens: int) -> None:
+    solution = solve_group("q", weights(0), statistics(0, tokens), Recipe(steps=4), seed=0)
+    assert np.isfinite(solution.metrics["output_rel_l2"])
