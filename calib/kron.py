@@ -31,7 +31,7 @@ def apply(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Ten
 def fold(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, channel_scale: torch.Tensor | None = None) -> torch.Tensor:
     """Undo a transform in the weight ``[N, K]``.
 
-    ``apply(x / channel_scale) · fold(W)ᵀ = x · Wᵀ``; that is ``W · diag(channel_scale) · (left ⊗ right)⁻ᵀ``, solved factor by factor rather than through explicit inverses.
+    ``apply(x / channel_scale) · foldedᵀ = x · Wᵀ`` with ``folded = W · diag(channel_scale) · (left ⊗ right)⁻ᵀ``.
     """
     scaled = weight if channel_scale is None else weight * channel_scale
     n1, n2 = left.shape[0], right.shape[0]

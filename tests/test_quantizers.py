@@ -29,5 +29,5 @@ def test_straight_through_gradients_match_their_definition() -> None:
     assert x.grad is not None
     assert scale.grad is not None
     assert x.grad.tolist() == [[1.0, 2.0, 0.0, 0.0, 7.0]]
-    # Inside: q - x/s = 0 - 0.15, 3 - 2.6, 0 - 0.5; clamped: -8 and 7.
+    # q - x/s of the three inside the range, the bound itself of the two outside.
     torch.testing.assert_close(scale.grad, torch.tensor([[-0.15 * 1 + 0.4 * 2 - 8 * 3 + 7 * 5 - 0.5 * 7]]))

@@ -116,7 +116,7 @@ def test_nan_weights_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("hessian", [None, torch.full((64, 64), float("nan"))])
 def test_gptq_refuses_missing_or_broken_statistics(hessian: torch.Tensor | None) -> None:
-    with pytest.raises(CalibrationError, match="needs calibration statistics|NaN or Inf"):
+    with pytest.raises(CalibrationError, match=r"needs calibration statistics|NaN or Inf"):
         weight_quantizer_named("gptq").quantize(case()[0], bits=4, group_size=0, hessian=hessian)
 
 
