@@ -135,7 +135,7 @@ def take_over(old: ir.Value, new: ir.Value, obsolete: Iterable[ir.Node]) -> None
 
     Args:
         old: The value that its consumers and the graph's outputs give up.
-        new: Takes its name, and its type and shape where they are known; both lie in the same graph and ``new`` comes before every use of ``old``.
+        new: Takes its name, and its type and shape where they are known. Lies in the same graph, before every use of ``old``.
         obsolete: Nodes that only ``old`` was made with, in graph order.
     """
     name = old.name

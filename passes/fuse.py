@@ -26,7 +26,7 @@ import onnx_ir as ir
 from onnxscript.rewriter import MatchResult, pattern
 
 from fqonnx.errors import UsageError
-from fqonnx.ops import DOMAIN, add_functions, flat_quantize_node, lazy_int4_tensor, to_layout, w4a4_gemm_node
+from fqonnx.ops import DOMAIN, FLOAT_TYPES, add_functions, flat_quantize_node, lazy_int4_tensor, to_layout, w4a4_gemm_node
 from fqonnx.ops.layout import LAYOUTS
 from fqonnx.passes.edit import GROUP_TAG, LINEAR_TAG, LINEARS_TAG, Insertion, Names, take_over
 
@@ -138,8 +138,8 @@ class QdqProduct(pattern.PatternBase):
             return result.fail("the weight is not a constant INT4 matrix", w)
         if w_scale.const_value is None or w_scale.dtype != ir.DataType.FLOAT or w_scale.shape is None:
             return result.fail("the weight's scale is not constant fp32", w_scale)
-        if product.dtype is None:
-            return result.fail("the element type of the product is not known", product)
+        if product.dtype not in FLOAT_TYPES:
+            return result.fail("the product is not known to be fp32, fp16 or bf16", product)
         node = dequantized.producer()
         assert node is not None
         axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1

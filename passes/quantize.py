@@ -160,9 +160,10 @@ class _Rewrite:
         name, fp32 = f"{self.group.name}.transform", ir.DataType.FLOAT
         n1, n2 = left.shape[0], right.shape[0]
         shape = x.shape
-        folded_shape = None if shape is None else ir.Shape([*shape[:-1], n1, n2])
+        folded, swapped = (None if shape is None else ir.Shape([*shape[:-1], *pair]) for pair in ((n1, n2), (n2, n1)))
         # 0 keeps a dimension, so that any number of them may be dynamic; an unknown rank is flattened and restored.
         lead = [-1] if shape is None else [0] * (len(shape) - 1)
+        swap = {"perm": [*range(len(lead)), len(lead) + 1, len(lead)]}
         to = insert.constant(f"{name}.shape", ir.tensor([*lead, n1, n2], dtype=ir.DataType.INT64))
         if shape is None:
             back = insert.node("Shape", [x], name=f"{name}.input_shape", dtype=ir.DataType.INT64, shape=None)
@@ -170,11 +171,16 @@ class _Rewrite:
             back = insert.constant(f"{name}.input_shape", ir.tensor([*lead, n1 * n2], dtype=ir.DataType.INT64))
         if self.dtype != fp32:
             x = insert.node("Cast", [x], {"to": fp32.value}, name=f"{name}.cast", dtype=fp32, shape=shape)
-        t = insert.node("Reshape", [x, to], name=f"{name}.fold", dtype=fp32, shape=folded_shape)
-        right_value = insert.constant(f"{self.group.name}.right", ir.tensor(right))
-        t = insert.node("MatMul", [t, right_value], name=f"{name}.right", dtype=fp32, shape=folded_shape)
-        left_value = insert.constant(f"{self.group.name}.left_transposed", ir.tensor(np.ascontiguousarray(left.T)))
-        t = insert.node("MatMul", [left_value, t], name=f"{name}.left", dtype=fp32, shape=folded_shape)
+        t = insert.node("Reshape", [x, to], name=f"{name}.fold", dtype=fp32, shape=folded)
+        # Both products are one large matrix product each: with the left factor on the left there would be one small one per row.
+        t = insert.node(
+            "MatMul", [t, insert.constant(f"{self.group.name}.right", ir.tensor(right))], name=f"{name}.right", dtype=fp32, shape=folded
+        )
+        t = insert.node("Transpose", [t], swap, name=f"{name}.transpose", dtype=fp32, shape=swapped)
+        t = insert.node(
+            "MatMul", [t, insert.constant(f"{self.group.name}.left", ir.tensor(left))], name=f"{name}.left", dtype=fp32, shape=swapped
+        )
+        t = insert.node("Transpose", [t], swap, name=f"{name}.transpose_back", dtype=fp32, shape=folded)
         t = insert.node("Reshape", [t, back], name=f"{name}.unfold", dtype=fp32, shape=shape)
         if self.dtype != fp32:
             t = insert.node("Cast", [t], {"to": self.dtype.value}, name=f"{name}.cast_back", dtype=self.dtype, shape=shape)

@@ -39,8 +39,8 @@ class Builder:
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
 
-    def input(self, name: str, shape: list[int | str | None] | None) -> str:
-        self.inputs.append(helper.make_tensor_value_info(name, self.dtype, shape))
+    def input(self, name: str, shape: list[int | str | None] | None, dtype: int | None = None) -> str:
+        self.inputs.append(helper.make_tensor_value_info(name, self.dtype if dtype is None else dtype, shape))
         return name
 
     def output(self, name: str, shape: list[int | str | None] | None) -> None:
@@ -170,13 +170,13 @@ def found(proto: onnx.ModelProto) -> tuple[ir.Model, tuple[LinearGroup, ...]]:
 def solve(
     groups: tuple[LinearGroup, ...], scheme: Scheme, *, group_size: int = 0, transform: bool = True, scaled: bool = True, seed: int = 0
 ) -> dict[str, GroupSolution]:
-    """Random channel scales and Kronecker pairs with condition numbers up to 4, weights rounded to nearest."""
+    """Random channel scales and Kronecker pairs with condition numbers up to 2.25, weights rounded to nearest."""
     rng = np.random.default_rng(seed)
     solutions = {}
     for group in groups:
         n, k = group.out_features, group.in_features
         n1 = next(d for d in range(int(k**0.5), 0, -1) if k % d == 0)
-        channel_scale = np.exp2(rng.uniform(-2, 2, k)).astype(np.float32) if scaled else None
+        channel_scale = np.exp2(rng.uniform(-1, 1, k)).astype(np.float32) if scaled else None
         left, right = (matrix(rng, n1), matrix(rng, k // n1)) if transform else (None, None)
         one = np.ones((1, 1), np.float32)
         weight = kron_fold(group.read_weights(), *((one, np.eye(k, dtype=np.float32)) if left is None else (left, right)), channel_scale)
@@ -191,9 +191,9 @@ def solve(
 
 
 def matrix(rng: np.random.Generator, n: int) -> npt.NDArray[np.float32]:
-    """A well-conditioned random matrix: two rotations with singular values from 1 to 2 between them."""
+    """A well-conditioned random matrix: two rotations with singular values from 1 to 1.5 between them."""
     u, v = (np.linalg.qr(rng.standard_normal((n, n)))[0] for _ in range(2))
-    return (u * rng.uniform(1, 2, n) @ v).astype(np.float32)
+    return (u * rng.uniform(1, 1.5, n) @ v).astype(np.float32)
 
 
 def feed(proto: onnx.ModelProto, seed: int = 1) -> Arrays:
