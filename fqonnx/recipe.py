@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fqonnx.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 GROUP_SIZES = (0, 32, 64, 128)
 """Weights that share one scale along K; 0 is one scale per output channel."""
@@ -26,7 +29,9 @@ class Scheme:
         return self.activation_bits < 16
 
 
-SCHEMES = {s.name: s for s in (Scheme("w4a4", 4, 4), Scheme("w4a8", 4, 8), Scheme("w8a8", 8, 8), Scheme("w4a16", 4, 16), Scheme("w8a16", 8, 16))}
+SCHEMES = {
+    s.name: s for s in (Scheme("w4a4", 4, 4), Scheme("w4a8", 4, 8), Scheme("w8a8", 8, 8), Scheme("w4a16", 4, 16), Scheme("w8a16", 8, 16))
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +98,32 @@ class Recipe:
         unknown = sorted(set(values) - set(cls.__dataclass_fields__))
         if unknown:
             raise UsageError(f"unknown recipe key {unknown[0]!r}: choose from {', '.join(cls.__dataclass_fields__)}")
+        for key, value in values.items():
+            said, fits = _KINDS[key]
+            if not fits(value):
+                raise UsageError(f"recipe key {key!r} is {value!r}: give {said}")
         return cls(**{**values, "keep": tuple(values.get("keep", ()))})
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "scheme": ("a name", _is_text),
+    "transform": ("a name", _is_text),
+    "weights": ("a name", _is_text),
+    "group_size": ("an integer", _is_integer),
+    "keep": ("a list of regular expressions", lambda value: isinstance(value, list | tuple) and all(map(_is_text, value))),
+    "quantize_head": ("true or false", lambda value: isinstance(value, bool)),
+    "seed": ("an integer", _is_integer),
+    "steps": ("an integer or null", lambda value: value is None or _is_integer(value)),
+}
+"""By recipe key, what its value is in words, and whether a value read from a file is one."""
 
 
 def _one_of(what: str, value: object, choices: Any) -> None:
