@@ -32,11 +32,10 @@ class _Terminated(KeyboardInterrupt):
 class _Program(click.Group):
     """A group whose ``main`` ends every failure in one line on stderr and the exit code that fits."""
 
-    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *_: Any, **extra: Any) -> NoReturn:
-        extra.pop("standalone_mode", None)
+    def main(self, args: Sequence[str] | None = None, *_: Any, **extra: Any) -> NoReturn:
         try:
             with terminal.quiet_libraries():
-                code = super().main(args, prog_name or "fqonnx", standalone_mode=False, **extra)
+                code = super().main(args, **{**extra, "prog_name": "fqonnx", "standalone_mode": False})
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last resort of the program
             code = _explain(error)
         sys.exit(code or 0)
@@ -76,7 +75,7 @@ def _message(error: BaseException) -> tuple[str, int]:
     return f"internal error, {type(error).__name__}: {first_line} (set FQONNX_DEBUG=1 for the traceback, and please report it)", 1
 
 
-@click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.group("fqonnx", cls=_Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="fqonnx", message="%(prog)s %(version)s")
 def program() -> None:
     """Quantize any exported ONNX transformer to W4A4 with learned FlatQuant transforms, and prove how good it is."""

@@ -21,7 +21,7 @@ from fqonnx.recipe import GROUP_SIZES, SCHEMES, Recipe
 Command = TypeVar("Command", bound=Callable[..., Any])
 Shapes = dict[str, tuple[int, ...]]
 
-_SHAPE = re.compile(r"(?P<name>.+):\[?(?P<dims>\d+(?:[x,]\s*\d+)*|)\]?")
+_SHAPE = re.compile(r"(?P<name>.+):(?P<dims>\d+(?:x\d+)*|\[\s*(?:\d+(?:\s*,\s*\d+)*)?\s*\])")
 
 PATH = click.Path(path_type=Path)
 
