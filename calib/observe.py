@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,8 @@ from fqonnx.errors import CalibrationError
 from fqonnx.progress import Silent
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     import torch
 
     from fqonnx.calib.data.base import Source
@@ -115,9 +116,7 @@ def observe(
     with (progress or Silent()).task("Observing activations", total) as task:
         inputs = () if mask is None else (mask,)
         for wave in streamed.waves(source, segments, wanted=by_input, inputs=inputs, split=split, on_sample=task.advance):
-            running = {
-                group.name: _Running(group, tokens, hessian_rows, seed) for name in wave.taps for group in by_input[name]
-            }
+            running = {group.name: _Running(group, tokens, hessian_rows, seed) for name in wave.taps for group in by_input[name]}
             for sample, values in wave:
                 rows_mask = None if mask is None else values[mask]
                 for name in wave.taps:
@@ -193,6 +192,10 @@ class StatsStore:
         partial.replace(path)
         _sync(path.parent)
 
+    def path(self, name: str) -> Path:
+        """Where the group's statistics are, or will be."""
+        return self._files[name]
+
     def drop(self, name: str) -> None:
         """Delete one group's file once nobody needs it: a Hessian takes ``4 K²`` bytes of disk."""
         self._files[name].unlink(missing_ok=True)
@@ -231,14 +234,16 @@ class _Running:
 
         if rows.shape[1] != len(self._absmax):
             raise CalibrationError(
-                f"group {self._name!r}: its input has {rows.shape[1]} channels, its weights {len(self._absmax)}: the model is not consistent"
+                f"group {self._name!r}: its input has {rows.shape[1]} channels, its weights {len(self._absmax)}: export it again"
             )
         if not len(rows):
             return
         largest = torch.linalg.vector_norm(rows, ord=float("inf"), dim=0)
         if not bool(torch.isfinite(largest).all()):
             kind = "NaN" if bool(torch.isnan(rows).any()) else "Inf"
-            raise CalibrationError(f"group {self._name!r}: {kind} in its input at sample {sample}: check that sample and the model's own output")
+            raise CalibrationError(
+                f"group {self._name!r}: {kind} in its input at sample {sample}: check that sample and the model's own output"
+            )
         torch.maximum(self._absmax, largest, out=self._absmax)
         if len(self._tokens):
             self._sample(rows.numpy())

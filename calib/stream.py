@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -288,9 +288,7 @@ class StreamedModel:
         options.log_severity_level = 4  # what goes wrong comes as an exception; the log would print it a second time
         options.enable_mem_pattern = False  # a pattern is cached for every shape: ragged samples would pile them up
         if weights:
-            options.add_external_initializers(
-                list(weights), [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
-            )
+            options.add_external_initializers(list(weights), [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()])
         try:
             session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # noqa: BLE001  ONNX Runtime's exceptions share no base below Exception
@@ -334,7 +332,7 @@ class StreamedModel:
             return proto
         widened = self._widen and tensor.dtype == ir.DataType.BFLOAT16
         data_type = _FLOAT if widened else tensor.dtype.value
-        proto = onnx.TensorProto(name=name, data_type=data_type, dims=[int(dim) for dim in tensor.shape])
+        proto = onnx.TensorProto(name=name, data_type=data_type, dims=list(tensor.shape.numpy()))
         if tensor.nbytes > _INLINE_BYTES and (widened or tensor.dtype in _MAPPABLE):
             array = _array(tensor)
             weights[name] = np.ascontiguousarray(array.astype(np.float32) if widened else array)
@@ -350,7 +348,9 @@ class StreamedModel:
         if name in types:
             info.type.tensor_type.elem_type = types[name]
         if not info.type.HasField("tensor_type") or not info.type.tensor_type.elem_type:
-            raise ModelError(f"value {name!r} is {value.type or 'of unknown type'}: only tensors can be passed between parts of a large model")
+            raise ModelError(
+                f"value {name!r} is {value.type or 'of unknown type'}: only tensors can be passed between parts of a large model"
+            )
         if self._widen and info.type.tensor_type.elem_type == _BFLOAT16:
             info.type.tensor_type.elem_type = _FLOAT
         return info
@@ -380,7 +380,7 @@ class _Live:
         self._bytes = 0
         self._items: dict[str, dict[int, npt.NDArray[Any] | Path]] = {}
 
-    def __enter__(self) -> _Live:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -565,9 +565,7 @@ def _crossing(nodes: Sequence[ir.Node], reads: Sequence[Sequence[ir.Value]]) -> 
     return found
 
 
-def _segments(
-    nodes: Sequence[ir.Node], cuts: Sequence[int], taps: Sequence[str], values: Mapping[str, ir.Value]
-) -> tuple[Segment, ...]:
+def _segments(nodes: Sequence[ir.Node], cuts: Sequence[int], taps: Sequence[str], values: Mapping[str, ir.Value]) -> tuple[Segment, ...]:
     chunks = [tuple(nodes[start:end]) for start, end in zip(cuts, [*cuts[1:], len(nodes)], strict=True)]
     made = [{value.name: None for node in chunk for value in node.outputs if value.name} for chunk in chunks]
     read = []
@@ -590,7 +588,7 @@ def _segments(
 def _array(tensor: ir.TensorProtocol) -> npt.NDArray[Any]:
     """A tensor's values; those of a file are mapped, and unmapped with the array (``ExternalTensor`` would keep its own map)."""
     if isinstance(tensor, ir.ExternalTensor) and tensor.size and tensor.dtype.bitwidth >= 8:
-        shape = tuple(int(dim) for dim in tensor.shape)
+        shape = tensor.shape.numpy()
         return np.memmap(tensor.path, dtype=tensor.dtype.numpy(), mode="r", offset=tensor.offset or 0, shape=shape)
     return tensor.numpy()
 
