@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import onnx.parser
 import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
 
 from fqonnx.errors import ModelError
 
@@ -207,7 +208,8 @@ def add_functions(model: ir.Model) -> bool:
     """
     modified = False
     called: set[str] = set()
-    for scope in (model.graph, *model.functions.values()):
+    scopes: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for scope in scopes:
         ops = {node.op_type for node in ir.traversal.RecursiveGraphIterator(scope) if node.domain == DOMAIN}
         if ops and scope.opset_imports.get(DOMAIN) != VERSION:
             scope.opset_imports[DOMAIN] = VERSION
@@ -222,3 +224,35 @@ def add_functions(model: ir.Model) -> bool:
             model.opset_imports[DOMAIN] = VERSION
             modified = True
     return modified
+
+
+def inline_bodies(model: ir.Model) -> bool:
+    """Put the body of every fqonnx op in the place of its call, nodes and values named ``{call}/{name in the body}``.
+
+    For runtimes that have no kernels and cannot take the functions themselves: TensorRT-RTX's parser (1.7) names a layer of
+    ``DequantizeLinear`` after its node and so refuses the second call of ``W4A4Gemm``. All other functions of the model are inlined too.
+
+    Args:
+        model: Has its bodies already (``add_functions``); changed in place, initializers untouched.
+
+    Returns:
+        Whether there was a call.
+    """
+    calls = [node for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.domain == DOMAIN]
+    opset = model.opset_imports[""]
+    for call in calls:
+        body = function_for(call.op_type, opset)
+        for node in body:
+            node.name = f"{call.name}/{node.outputs[0].name}"
+            for value in node.outputs:
+                value.name = f"{call.name}/{value.name}"
+        # An overload of its own, so that the inliner takes this copy.
+        call.overload = f"{len(model.functions)}"
+        copy = ir.Function(DOMAIN, call.op_type, call.overload, graph=body.graph, attributes=body.attributes)
+        model.functions[copy.identifier()] = copy
+    for op in _BODIES:
+        model.functions.pop((DOMAIN, op, ""), None)
+    if calls:
+        InlinePass()(model)
+        model.opset_imports.pop(DOMAIN, None)
+    return bool(calls)
