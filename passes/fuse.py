@@ -64,10 +64,9 @@ class Lowering:
         if in_features % LAYOUTS[layout].block:
             reasons.append(f"K = {in_features} is no multiple of {LAYOUTS[layout].block}, which layout {layout} wants")
             layout = "plain"
-        if container == "packed" and (activation_bits > 4 or in_features % 2):
-            reasons.append(
-                "packed activations want 4 bits" if activation_bits > 4 else f"K = {in_features} is odd, packed activations come in pairs"
-            )
+        if container == "packed" and (activation_bits != 4 or in_features % 2):
+            what = f"{activation_bits}-bit activations" if activation_bits != 4 else f"K = {in_features} is odd and"
+            reasons.append(f"{what} cannot be packed two a byte")
             container = "int8"
         return Lowering(container, layout), "; ".join(reasons) or None
 
