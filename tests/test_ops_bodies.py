@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fqonnx.errors import ModelError
-from fqonnx.ops import OPSETS, add_functions, dequantize_nodes, flat_quantize_node, function_for, reference, w4a4_gemm_node
+from fqonnx.ops import OPSETS, add_functions, dequantize_nodes, flat_quantize_node, function_for, inline_bodies, reference, w4a4_gemm_node
 from tests.ops_graphs import Gemm, append_gemm, cast, empty_model, flat_quantize_model, gemm_model, proto, run
 
 DTYPES = {ir.DataType.FLOAT: np.float32, ir.DataType.FLOAT16: np.float16, ir.DataType.BFLOAT16: ml_dtypes.bfloat16}
@@ -330,6 +330,31 @@ def test_add_functions_finds_calls_in_subgraphs_and_functions() -> None:
     assert add_functions(wrapping)
     assert ("fqonnx", "FlatQuantize", "") in wrapping.functions
     assert function.opset_imports["fqonnx"] == 1
+
+
+def test_inlined_bodies_compute_the_same_under_names_of_their_calls() -> None:
+    rng = np.random.default_rng(8)
+    gemms = [Gemm.random(rng, 3, 128, 4), Gemm.random(rng, 5, 128), Gemm.random(rng, 3, 128, 4)]
+    x = rng.normal(size=(6, 128)).astype(np.float32)
+    model = flat_quantize_model(
+        np.eye(8), np.eye(16), 0.9, 128, dtype=ir.DataType.FLOAT16, packed=True, opset=23, gemms=gemms, layout="k128"
+    )
+    before = run(model, x=x)
+    initializers = dict(model.graph.initializers)
+    assert inline_bodies(model)
+    assert not model.functions
+    assert "fqonnx" not in model.opset_imports
+    assert {node.domain for node in model.graph} == {""}
+    assert dict(model.graph.initializers) == initializers
+    names = [node.name or "" for node in model.graph]
+    assert len(set(names)) == len(names)
+    assert {name.split("/")[0] for name in names if "/" in name} == {"quantize", "gemm0", "gemm1", "gemm2"}
+    assert [value.name for value in model.graph.outputs] == ["q", "scale", "y0", "y1", "y2"]
+    onnx.checker.check_model(proto(model), full_check=True)
+    after = run(model, x=x)
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value, strict=True)
+    assert not inline_bodies(model)
 
 
 def test_an_op_that_does_not_exist_is_refused() -> None:
