@@ -29,6 +29,9 @@ class InlineFunctions(ir.passes.InPlacePass):
             ModelError: A function calls itself or takes a graph as its attribute.
         """
         had_functions = bool(model.functions)
+        for function in model.functions.values():
+            for node in function:
+                node.name = node.name or node.op_type  # the inliner would call it "node"
         try:
             InlinePass()(model)
         except (ir.passes.InvariantError, ValueError) as error:
