@@ -105,7 +105,7 @@ class GroupReport:
         weight_rel_l2: Relative L2 of the weights in the transformed space.
         activation_rel_l2: Relative L2 of the quantized input.
         output_rel_l2: Relative L2 of the group's output for float input: the group alone.
-        flatness_before: Largest over mean channel magnitude of the input.
+        flatness_before: Distance of the input's channel magnitudes from equal ones, relative: 0 is flat, sqrt(2) is one channel alone.
         flatness_after: The same of the transformed input.
         profile_before: Sorted channel magnitudes of the input, descending.
         profile_after: The same of the transformed input.
