@@ -260,9 +260,10 @@ class StreamedModel:
         """
         kept = [name for name in segment.outputs if name in keep] if crossing else []
         fetched = list(dict.fromkeys([*kept, *(name for name in handed if name in segment.outputs)]))
+        needed = {*segment.inputs, *(name for name in handed if name not in segment.outputs)}
         for sample, feed in enumerate(source) if source is not None else ((i, None) for i in range(live.samples)):
             if feed is None:
-                available: Values = {name: live.get(name, sample) for name in {*segment.inputs, *handed} if live.has(name)}
+                available: Values = {name: live.get(name, sample) for name in needed}
             else:
                 available = {name: self._widened(array) for name, array in feed.items()}
                 live.put_all({name: array for name, array in available.items() if name in keep}, sample)
@@ -387,9 +388,6 @@ class _Live:
         self._items.clear()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
-
-    def has(self, name: str) -> bool:
-        return name in self._items
 
     def put_all(self, arrays: Mapping[str, npt.NDArray[Any]], sample: int) -> None:
         self.samples = max(self.samples, sample + 1)

@@ -132,6 +132,6 @@ def read_arrays(path: Path, name: str | None = None) -> Feeds:
         if "allow_pickle" in str(error) or "Object arrays" in str(error):
             what = f"array {key!r} of {path}" if key else str(path)
             raise DataError(
-                f"{what} holds pickled objects, refused because reading them can run code: save plain arrays (ragged ones as a folder of .npz)"
+                f"{what} holds pickled objects, which can run code when read: save plain arrays (ragged ones: a folder of .npz)"
             ) from None
         raise DataError(f"{path} is not a whole .npy or .npz file ({' '.join(str(error).split())}): save it again") from None
