@@ -308,8 +308,9 @@ def _groups(report: Report) -> str:
 def _group_row(group: GroupReport, short: str, scale: float, *, whole: bool) -> str:
     title = group.name + (f"; transform {group.transform}" if group.transform else "")
     title += f"; linears: {', '.join(group.linears)}" if group.linears else ""
+    name = f"<span class='mono name'>{_breakable(short)}</span>"
     cells = [
-        f"<th scope='row' data-value='{escape(group.name)}' title='{escape(title)}'><span class='mono name'>{_breakable(short)}</span></th>",
+        f"<th scope='row' data-value='{escape(group.name)}' title='{escape(title)}'>{name}</th>",
         _sortable(*_shape(group)),
         _sortable(_bits(group), group.weight_bits),
     ]
