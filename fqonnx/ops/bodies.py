@@ -247,12 +247,11 @@ def inline_bodies(model: ir.Model) -> bool:
             for value in node.outputs:
                 value.name = f"{call.name}/{value.name}"
         # An overload of its own, so that the inliner takes this copy.
-        call.overload = f"{len(model.functions)}"
-        copy = ir.Function(DOMAIN, call.op_type, call.overload, graph=body.graph, attributes=body.attributes)
-        model.functions[copy.identifier()] = copy
-    for op in _BODIES:
-        model.functions.pop((DOMAIN, op, ""), None)
+        body.overload = call.overload = f"{len(model.functions)}"
+        model.functions[body.identifier()] = body
     if calls:
         InlinePass()(model)
+        for op in _BODIES:
+            model.functions.pop((DOMAIN, op, ""), None)  # the inliner leaves what nothing called
         model.opset_imports.pop(DOMAIN, None)
     return bool(calls)
