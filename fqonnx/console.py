@@ -34,8 +34,7 @@ def print_report(report: Report, console: Console, *, command: str | None = None
         console: Where to; on a narrow or dumb terminal the tables shrink and lose their colours.
         command: The command line for the last line; None takes the report's, or that of this process.
     """
-    sections = (_outputs, _language, _groups, _left, _size, _time)
-    for printed in (section(report) for section in sections):
+    for printed in (_outputs(report), _language(report), _groups(report, console.width), _left(report), _size(report), _time(report)):
         if printed is not None:
             console.print(printed)
             console.print()
@@ -101,19 +100,19 @@ def _language(report: Report) -> Group | None:
     return _titled(f"Next token, {language.tokens} tokens", table)
 
 
-def _groups(report: Report) -> Group | None:
+def _groups(report: Report, width: int) -> Group | None:
     groups = [group for group in report.worst_groups if group.error is not None][:WORST]
     if not groups:
         return None
-    whole = any(group.layer is not None for group in groups)
-    table = _table("group", *(["in the model"] if whole else []), "alone", "weights", "activations", "flatness")
+    whole, has_room = any(group.layer is not None for group in groups), width >= 100
+    table = _table("group", *(["in the model"] if whole else []), "alone", "weights", "activations", *(["flatness"] if has_room else []))
     for group in groups:
         inside = [words.percent(group.layer.rel_l2 if group.layer else None)] if whole else []
         flatness = words.MISSING
         if group.flatness_before is not None and group.flatness_after is not None:
             flatness = f"{words.fixed(group.flatness_before)} → {words.fixed(group.flatness_after)}"
         errors = (words.percent(e) for e in (group.output_rel_l2, group.weight_rel_l2, group.activation_rel_l2))
-        table.add_row(escape(group.name), *inside, *errors, flatness)
+        table.add_row(escape(group.name), *inside, *errors, *([flatness] if has_room else []))
     return _titled(f"Groups by relative L2, the worst {len(groups)} of {len(report.groups)}", table)
 
 

@@ -365,6 +365,8 @@ def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
     if unknown:
         raise ArtifactError(f"not a report: {where} has the unknown key {unknown[0]!r}")
     arguments = {key: _decode(hints[key], item, f"{where}.{key}") for key, item in value.items()}
+    if not isinstance(non_finite, dict) or any(k not in arguments or v not in ("nan", "inf", "-inf") for k, v in non_finite.items()):
+        raise ArtifactError(f"not a report: {where}.non_finite is {json.dumps(non_finite)[:60]}")
     arguments |= {key: float(item) for key, item in non_finite.items()}
     try:
         return kind(**arguments)
