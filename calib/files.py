@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,13 +18,27 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def write(path: Path, arrays: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, Any]) -> None:
-    """Write arrays and JSON metadata to ``path`` through a sibling, synced to disk before it takes the name."""
+    """Write arrays and JSON metadata to ``path`` through a sibling, synced to disk before it takes the name.
+
+    Raises:
+        OSError: The disk is full, and the like.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     partial = path.with_suffix(".partial")
-    save_file(
-        {name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial, {"fqonnx": json.dumps(metadata, sort_keys=True)}
-    )
+    try:
+        save_file(
+            {name: np.ascontiguousarray(array) for name, array in arrays.items()},
+            partial,
+            {"fqonnx": json.dumps(metadata, sort_keys=True)},
+        )
+    except SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))  # its only trace of the errno
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
     _sync(partial)
     partial.replace(path)
     _sync(path.parent)

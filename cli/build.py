@@ -43,7 +43,9 @@ if TYPE_CHECKING:
 @click.option("--force", is_flag=True, help="Replace an existing build directory.")
 @options.json_option
 @options.verbosity_options
+@click.pass_obj
 def build(
+    command: str,
     model: Path,
     out: Path,
     calib_data: str | None,
@@ -79,6 +81,7 @@ def build(
         engine=engine,
         profiles=profiles,
         progress=terminal.progress(quiet),
+        command=command,
         **{name: value for name, value in choices.items() if name not in recipe.to_dict()},
     )
     terminal.show_report(report, as_json=as_json, quiet=quiet)

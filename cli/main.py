@@ -6,6 +6,7 @@ Exit codes: 0 done (and within ``--max-error``); 1 failed or above it; 2 usage; 
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -35,7 +36,9 @@ class _Program(click.Group):
     def main(self, args: Sequence[str] | None = None, *_: Any, **extra: Any) -> NoReturn:
         try:
             with terminal.quiet_libraries():
-                code = super().main(args, **{**extra, "prog_name": "fqonnx", "standalone_mode": False})
+                args = sys.argv[1:] if args is None else list(args)
+                line = shlex.join(["fqonnx", *args])  # for reports, which say how they were made
+                code = super().main(args, **{**extra, "prog_name": "fqonnx", "standalone_mode": False, "obj": line})
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last resort of the program
             code = _explain(error)
         sys.exit(code or 0)

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 @click.option("--max-error", type=click.FloatRange(min=0), help="Largest relative L2 error of an output; above it the exit code is 1.")
 @options.json_option
 @options.verbosity_options
+@click.pass_obj
 def verify(
+    command: str,
     reference: Path,
     candidate: Path,
     data: str | None,
@@ -46,14 +48,24 @@ def verify(
     if (data is None) == (not random_data):
         raise UsageError("give exactly one of --data DATA (what the model sees in use) and --random-data")
 
+    from dataclasses import replace
+
     from fqonnx.build import open_data
     from fqonnx.model import load
     from fqonnx.verify import verify as verify_models
 
-    model = load(reference)
-    source = open_data(model, data, samples=samples, batch_size=batch_size, tokenizer=tokenizer, seq_len=seq_len, seed=seed)
+    source = open_data(
+        load(reference),
+        data,
+        samples=samples,
+        batch_size=batch_size,
+        tokenizer=tokenizer,
+        seq_len=seq_len,
+        seed=seed,
+        random=random_data,
+    )
     report = verify_models(
         reference, candidate, source, layers=layers, max_error=max_error, device=device, progress=terminal.progress(quiet)
     )
-    terminal.show_report(report, as_json=as_json, quiet=quiet)
+    terminal.show_report(replace(report, command=command), as_json=as_json, quiet=quiet)
     return 0 if report.passed else 1

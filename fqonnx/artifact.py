@@ -33,6 +33,9 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 """Version of the manifest's layout; raised when a reader of the older one would misread it."""
 
+RESUMABLE = ("stats", "groups")
+"""Folders of ``work`` whose files took long to make: the statistics and the solutions of groups."""
+
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full: free space or choose another place with -o",
     errno.EDQUOT: "the disk quota is used up: free space or choose another place with -o",
@@ -156,7 +159,7 @@ class Workspace:
         self.work.mkdir(exist_ok=True)
 
     def _has_finished_work(self) -> bool:
-        return any(self.work.rglob("*.safetensors"))
+        return any(any((self.work / folder).glob("*.safetensors")) for folder in RESUMABLE)
 
     def settings(self, values: Mapping[str, Any]) -> None:
         """Note what the results in ``work`` depend on; on resume, refuse to mix them with others.
@@ -218,7 +221,7 @@ class Workspace:
         if error is None:
             return
         mended = disk_error(error, self.root) if isinstance(error, Exception) else None
-        if keep:
+        if keep and "--resume" not in str(error):
             (mended or error).add_note("what is finished is kept: repeat the command with --resume to go on")
         if mended is not None:
             raise mended from error

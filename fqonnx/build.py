@@ -22,7 +22,7 @@ from fqonnx.calib.registry import transform_named, weight_quantizer_named
 from fqonnx.calib.solve import solve
 from fqonnx.engines import Profile, profiles_from_shapes
 from fqonnx.engines import engine as engine_named
-from fqonnx.errors import DataError, ModelError, UsageError
+from fqonnx.errors import DataError, EngineError, ModelError, UsageError
 from fqonnx.inspect import constant_bytes
 from fqonnx.passes.edit import GROUP_TAG
 from fqonnx.passes.fuse import LOWERING_TAG, lowering_for
@@ -110,6 +110,7 @@ def build(
     recipe = recipe or Recipe()
     progress = progress or Silent()
     builder = engine_named(engine)
+    _require_device(device)
     lowering_for(target)  # refuse a target without kernels before the long work
     clock = _Clock()
     with artifact.Workspace(Path(out), force=force, resume=resume) as workspace:
@@ -159,7 +160,7 @@ def build(
             recipe=recipe.to_dict(),
             command=command,
             notes=(*data.notes, *report.notes),
-            time=clock.seconds(),
+            time={**clock.seconds(), **{side: report.time[side] for side in ("reference", "candidate")}},
         )
         save_report(report, workspace.files / artifact.REPORT)
         save_html(report, workspace.files / artifact.PAGE)
@@ -221,7 +222,9 @@ def open_data(
         return RandomSource(model, seed=seed, samples=samples or 1)
     from fqonnx.calib.data import open_source
 
-    return open_source(spec, model_file.inputs(model), samples=samples, batch_size=batch_size, tokenizer=tokenizer, seq_len=seq_len)
+    return open_source(
+        spec, model_file.inputs(model), samples=samples, batch_size=batch_size, tokenizer=tokenizer, seq_len=seq_len, model=model
+    )
 
 
 def read_report(opened: artifact.Artifact) -> Report:
@@ -311,9 +314,12 @@ class _FeedRange:
     def __iter__(self) -> Iterator[Feeds]:
         return islice(iter(self.source), self.start, self.stop)
 
+    def __len__(self) -> int:
+        return self.stop - self.start
+
     @property
     def length(self) -> int:
-        return self.stop - self.start
+        return len(self)
 
     @property
     def fingerprint(self) -> str:
@@ -368,6 +374,17 @@ class _Data:
         seen = self.calibration.length
         note = f"held out: calibration saw the {seen} before them" if self.held_out.start else "the sample that calibration saw"
         return DataReport(source=self.name, samples=self.held_out.length, note=note)
+
+
+def _require_device(device: str) -> None:
+    if device == "cpu":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise EngineError(
+            f"PyTorch {torch.__version__} finds no CUDA device here: use --device cpu, or install a driver and a CUDA build of torch"
+        )
 
 
 def _observe(float_model: _FloatModel, data: _Data, recipe: Recipe, workdir: Path, progress: Progress) -> StatsStore | None:

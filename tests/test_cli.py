@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
-import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -43,13 +43,15 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_help_answers_at_once() -> None:
+    """In processor time, which other work on the machine does not stretch much; the best of three."""
     seconds = []
-    for _ in range(3):  # the best of three: the machine may be busy
-        start = time.perf_counter()
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = run_process("--help")
-        seconds.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.code == 0
-    assert "build" in done.stdout
+        assert "build" in done.stdout
     assert min(seconds) < 0.3
 
 
@@ -311,7 +313,8 @@ def test_calibration_record_reads_as_safetensors(built: Path) -> None:
 def test_report_shows_the_build(built: Path) -> None:
     done = run("report", built / "out")
     assert done.code == 0
-    assert "layers.0.up" in done.stdout
+    assert "PASSED" in done.stdout.splitlines()[-1]
+    assert f"fqonnx build {built / 'mlp.onnx'} -o {built / 'out'} --calib-data" in done.stdout.splitlines()[-1]
     assert json.loads(run("report", built / "out", "--json").stdout) == json.loads((built / "out" / "report.json").read_text())
 
 
@@ -359,11 +362,11 @@ def test_quiet_build_prints_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", ["w4a8", "w8a8", "w4a16", "w8a16"])
 def test_every_scheme_builds(tmp_path: Path, scheme: str) -> None:
     model, data = write_mlp(tmp_path / "mlp.onnx"), write_data(tmp_path / "data.npz")
-    arguments = ("--scheme", scheme, "--transform", "hadamard", "--weights", "gptq", "--group-size", "32")
+    arguments = ("--scheme", scheme, "--transform", "hadamard", "--weights", "rtn", "--group-size", "32")
     done = run("build", model, "-o", tmp_path / "out", "--calib-data", data, *arguments, "--json")
     assert done.code == 0, done.stderr
     error = json.loads(done.stdout)["outputs"]["y"]["rel_l2"]
-    assert error < (0.02 if scheme.startswith("w8") else 0.2)
+    assert error < (0.02 if scheme.startswith("w8") else 0.3)
 
 
 def test_an_external_data_model_builds(tmp_path: Path) -> None:
@@ -379,9 +382,10 @@ def test_a_target_stores_operands_for_its_kernels(tmp_path: Path) -> None:
 
 
 def test_the_same_command_gives_the_same_files(tmp_path: Path) -> None:
-    model, data = write_mlp(tmp_path / "mlp.onnx"), write_data(tmp_path / "data.npz")
+    model, data = write_mlp(tmp_path / "mlp.onnx"), write_data(tmp_path / "data.npz", samples=80)
     for name in ("a", "b"):
-        assert run("build", model, "-o", tmp_path / name, "--calib-data", data, "--transform", "hadamard", "--weights", "gptq").code == 0
+        done = run("build", model, "-o", tmp_path / name, "--calib-data", data, "--transform", "hadamard", "--weights", "gptq")
+        assert done.code == 0, done.stderr
     for file in ("model.onnx", "calibration.safetensors"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
