@@ -80,8 +80,9 @@ class Quantize(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite every group; ``modified`` is whether there were any."""
         names = Names(model)
+        replaced: dict[ir.Value, ir.Value] = {}
         for group in self.groups:
-            _Rewrite(group, self._solution, self.scheme, names).run()
+            _Rewrite(group, self._solution, self.scheme, names, replaced).run()
         if self.groups:
             model.ir_version = max(model.ir_version, MIN_IR_VERSION)
             add_functions(model)
@@ -90,12 +91,13 @@ class Quantize(ir.passes.InPlacePass):
 
 @dataclass(frozen=True)
 class _Rewrite:
-    """One group's rewrite."""
+    """One group's rewrite. ``replaced`` maps the outputs of linears that are rewritten already to what stands for them."""
 
     group: LinearGroup
     solution: Callable[[str], GroupSolution]
     scheme: Scheme
     names: Names
+    replaced: dict[ir.Value, ir.Value]
 
     @property
     def dtype(self) -> ir.DataType:
@@ -113,12 +115,12 @@ class _Rewrite:
         _check_fits(self.group, solution)
         # The input is there at its first reader; whatever reads a linear's output comes after that linear.
         insert = Insertion(self.group.linears[0].nodes[0], self.names, {GROUP_TAG: self.group.name})
-        x = self.group.input
+        x = self.replaced.get(self.group.input, self.group.input)
         if solution.channel_scale is not None:
             if self.group.norm is not None:
                 self._fold_into_norm(self.group.norm, solution.channel_scale)
             else:
-                x = self._scale_online(insert, solution.channel_scale)
+                x = self._scale_online(insert, x, solution.channel_scale)
         if self.scheme.quantizes_activations:
             x = self._quantize_input(insert, x, solution)
         elif solution.left is not None and solution.right is not None:
@@ -140,8 +142,8 @@ class _Rewrite:
             insert = Insertion(node, self.names, {})
             node.replace_input_with(index, insert.constant(f"{old.name}.scaled", ir.tensor(folded, dtype=old.dtype)))
 
-    def _scale_online(self, insert: Insertion, channel_scale: Array) -> ir.Value:
-        name, x = f"{self.group.name}.channel_scale", self.group.input
+    def _scale_online(self, insert: Insertion, x: ir.Value, channel_scale: Array) -> ir.Value:
+        name = f"{self.group.name}.channel_scale"
         inverse = insert.constant(f"{name}.inverse", ir.tensor(self._cast(np.reciprocal(channel_scale), self.dtype), dtype=self.dtype))
         return insert.node("Mul", [x, inverse], name=name, dtype=self.dtype, shape=x.shape)
 
@@ -198,6 +200,7 @@ class _Rewrite:
             bias = insert.constant(f"{linear.name}.bias", ir.tensor(self._cast(linear.read_bias(), self.dtype), dtype=self.dtype))
             y = insert.node("Add", [y, bias], name=f"{linear.name}.add_bias", dtype=self.dtype, shape=shape)
         take_over(linear.output, y, linear.nodes)
+        self.replaced[linear.output] = y
 
     def _weight(self, insert: Insertion, linear: Linear, rows: slice, scales_per_row: int, scale_dtype: ir.DataType) -> ir.Value:
         """The dequantized weight, ``[K, N]`` of the activation's type."""

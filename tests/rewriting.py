@@ -152,12 +152,22 @@ def outputs(dtype: int = TensorProto.FLOAT, opset: int = 21) -> onnx.ModelProto:
     return b.model()
 
 
+def chain(dtype: int = TensorProto.FLOAT, opset: int = 21) -> onnx.ModelProto:
+    """Linears that read other linears' outputs directly, two of them the same one's."""
+    b = Builder(dtype, opset)
+    down = b.linear(b.input("x", ["batch", 64]), 64, 32, "low_rank.down")
+    first = b.linear(b.linear(down, 32, 64, "low_rank.up", bias="left"), 64, 32, "after", bias="right")
+    b.output(b.node("Add", [first, b.linear(down, 32, 32, "beside")], "sum"), ["batch", 32])
+    return b.model()
+
+
 MODELS: dict[str, Callable[..., onnx.ModelProto]] = {
     "mlp": mlp,
     "qkv": qkv,
     "gate_up": gate_up,
     "shared_norm": shared_norm,
     "outputs": outputs,
+    "chain": chain,
 }
 
 
