@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_MEMORY_BUDGET = 2 << 30
 """Bytes of statistics in memory at a time."""
 
-_BLOCK_ROWS = 1024
-_PANEL = 256
+_BLOCK_ROWS = 2048
+_PANEL = 512
 
 
 def observe(
@@ -58,7 +58,7 @@ def observe(
     """Run the float model over the data and gather each group's statistics.
 
     Memory, all of it bounded: the model in segments (see ``StreamedModel``), one sample's tapped inputs, and statistics of at most
-    ``memory_budget`` bytes: a group takes ``4 (K² + (reservoir_tokens + 1024) K)`` with a Hessian and ``4 reservoir_tokens K`` without.
+    ``memory_budget`` bytes: a group takes ``4 (K² + (reservoir_tokens + 2048) K)`` with a Hessian and ``4 reservoir_tokens K`` without.
     Groups beyond the budget wait for another pass over the same segment; one group that exceeds the budget by itself gets a pass alone.
 
     What a group's statistics are depends on the model, the data and ``seed``, not on how samples are batched (up to the rounding of
@@ -89,7 +89,7 @@ def observe(
         DataError: The source's own errors.
         ModelError: ONNX Runtime cannot load the model.
     """
-    names = sorted({group.input.name or "" for group in groups})
+    names = list(dict.fromkeys(group.input.name or "" for group in groups))  # graph order: the first bad group is the one named
     key = _digest(
         model_fingerprint(model), source.fingerprint, names, mask, needs_tokens, needs_hessian, reservoir_tokens, seed, _versions()
     )
@@ -204,7 +204,7 @@ class StatsStore:
 class _Running:
     """Statistics of one group while rows come in.
 
-    The Hessian is a fp32 sum of fp32 products of 1,024 rows each. Fp64 would double the largest allocation for nothing: n sums err by
+    The Hessian is a fp32 sum of fp32 products of 2,048 rows each. Fp64 would double the largest allocation for nothing: n sums err by
     about sqrt(n) 2⁻²⁴ of each entry's scale, 1e-6 at a million rows, against the 1e-2 that GPTQ's damping adds; and the activations'
     own rounding is of the same order. Rows are blocked by their number, so that the sum does not depend on the batches they came in.
     Only the panels on and right of the diagonal are computed.

@@ -45,8 +45,9 @@ class InputRole:
 
     Attributes:
         kind: ``ids`` (rows of a table), ``positions``, ``segments`` (token types), ``mask`` (1 keeps, 0 drops),
-            ``additive_mask`` (0 keeps, large negative drops), ``past`` (keys and values of earlier tokens), ``kv_lengths`` (last valid index
-            of each sequence), ``kv_total`` (their maximum plus one), ``flag`` (a boolean), ``integers`` or ``floats`` (nothing more is known).
+            ``additive_mask`` (0 keeps, large negative drops), ``past`` (keys and values of earlier tokens),
+            ``kv_lengths`` (last valid index of each sequence), ``kv_total`` (their maximum plus one), ``flag`` (a boolean),
+            ``integers`` or ``floats`` (nothing more is known).
         low: Smallest integer that every lookup accepts.
         high: One above the largest; None where nothing bounds it.
     """

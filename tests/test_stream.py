@@ -294,6 +294,7 @@ def test_waves_hand_over_portions_and_compute_the_same_bits(tmp_path: Path) -> N
     assert all(np.array_equal(array, whole[key]) for key, array in parts.items())
     seen, early = gather(wanted=["mm0"])
     assert seen == [("mm0",)]
+    assert {name for name, _ in early} == {"mm0"}
     assert streamed.passes(segments, wanted=["mm0"]) == 1
     seen, beside = gather(wanted=["mm3"], inputs=["x"])
     assert seen == [("mm3",)]
@@ -336,7 +337,7 @@ def test_values_on_disk_go_when_no_later_segment_reads_them(tmp_path: Path) -> N
 def test_errors_are_one_line_and_the_log_stays_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     proto = chain(1)
     proto.graph.node[0].op_type = "NoSuchOp"
-    with pytest.raises(ModelError, match="ONNX Runtime cannot load the model: .*NoSuchOp") as caught:
+    with pytest.raises(ModelError, match=r"ONNX Runtime cannot load the model: .*NoSuchOp") as caught:
         collect(StreamedModel(ir.from_proto(proto), tmp_path), ragged(), ["h0"])
     assert "\n" not in str(caught.value)
     wrong = [{"x": np.zeros((2, WIDTH + 1), np.float32)}]
