@@ -354,7 +354,10 @@ def _readable_name(node: ir.Node) -> str:
             return str(path[-2])
     if own.startswith("/"):
         parts = own.strip("/").split("/")
-        return ".".join(parts[:-1] or parts)
+        parts = parts[:-1] or parts
+        # TorchScript writes a Sequential's child as ``layers/layers.1``.
+        repeated = [after.startswith(f"{part}.") for part, after in zip(parts, [*parts[1:], ""], strict=True)]
+        return ".".join(part for part, again in zip(parts, repeated, strict=True) if not again)
     for value in node.inputs:
         if value is not None and is_constant(value):
             for source in sources(value):

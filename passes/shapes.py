@@ -25,9 +25,10 @@ class InferShapes(ir.passes.InPlacePass):
 
     1. ``onnx.shape_inference`` on the model without its weights;
     2. the outputs of ONNX Runtime's operators that keep their input's shape;
-    3. the input of a product with a constant weight has the weight's type and its K, the output its N; a bias keeps that.
+    3. the input of a product with a constant weight has the weight's type and its K, the output its N; a bias keeps that;
+    4. a ``Reshape`` to a shape computed at run time has the rank that this shape has entries (TorchScript's ``flatten``).
 
-    Repeated while 2 or 3 find something new for 1 to go on from. Rule 3's outputs are there so that one round gets through the many layers
+    Repeated while 2 to 4 find something new for 1 to go on from. Rule 3's outputs are there so that one round gets through the many layers
     of a model that ONNX Runtime fused.
     """
 
@@ -45,7 +46,7 @@ class InferShapes(ir.passes.InPlacePass):
 
 
 def _advance(node: ir.Node) -> bool:
-    """Apply rules 2 and 3 to one node; True where something new was found."""
+    """Apply rules 2 to 4 to one node; True where something new was found."""
     identity = (node.domain, node.op_type)
     first = node.inputs[0] if node.inputs else None
     if first is None:
@@ -61,6 +62,9 @@ def _advance(node: ir.Node) -> bool:
         return _from_weight(node)
     if identity == ("", "Add"):
         return _from_bias(node)
+    if identity == ("", "Reshape") and node.inputs[1] is not None:
+        entries = shape_of(node.inputs[1])
+        return _describe(node.outputs[0], first.dtype, ir.Shape([None] * entries[0]) if entries else None)
     return False
 
 

@@ -51,7 +51,7 @@ def _node_lines(node: ir.Node, indent: str) -> Iterator[str]:
 
 def _described(value: ir.Value) -> str:
     dtype = value.dtype.name.lower() if value.dtype is not None else "?"
-    shape = "?" if value.shape is None else ", ".join("?" if (d := _dim(dim)) is None else str(d) for dim in value.shape)
+    shape = "..." if value.shape is None else ", ".join("?" if (d := _dim(dim)) is None else str(d) for dim in value.shape)
     return f"{value.name}: {dtype}[{shape}]"
 
 
