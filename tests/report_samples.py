@@ -115,7 +115,7 @@ def realistic_report(*, layers=True, passed=True, language=True, seed=0, **chang
             "quantize_head": False, "seed": 0, "steps": None,
         },
         "environment": {
-            "fqonnx": "0.1.0", "python": "3.11.9", "onnxruntime-gpu": "1.31.1", "torch": "2.13.0", "platform": "Linux-6.1-x86_64", "cpus": "16"
+            "fqonnx": "0.1.0", "python": "3.11.9", "onnxruntime-gpu": "1.31.1", "torch": "2.13.0", "platform": "Linux-6.1", "cpus": "16"
         },
         "command": "fqonnx build llama-3.2-1b.onnx -o llama-w4a4 --calib-data text:wiki.txt --tokenizer tokenizer.json --seq-len 1024 "
         "--keep 'layers\\.7\\.mlp\\.down'",
