@@ -394,7 +394,9 @@ def _observe(float_model: _FloatModel, data: _Data, recipe: Recipe, workdir: Pat
     if not (needs_tokens or needs_hessian):
         return None
     from fqonnx.calib.observe import observe
+    from fqonnx.calib.roles import input_roles
 
+    masks = (name for name, role in input_roles(float_model.model).items() if role.kind == "mask")
     return observe(
         float_model.model,
         float_model.found.groups,
@@ -403,6 +405,7 @@ def _observe(float_model: _FloatModel, data: _Data, recipe: Recipe, workdir: Pat
         needs_tokens=True,
         needs_hessian=needs_hessian,
         seed=recipe.seed,
+        mask=next(masks, None),
         progress=progress,
     )
 

@@ -1,0 +1,134 @@
+"""Wheel and sdist: each source file once, importable without the repository, dependencies pinned without naming a registry."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LINKED = ("passes", "calib", "cli", "plugins")
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist and the wheel, built from a clean copy of what git tracks."""
+    folder = tmp_path_factory.mktemp("dist")
+    source = folder / "source"
+    source.mkdir()
+    listed = subprocess.run(["git", "ls-files", "-z", "--cached"], cwd=ROOT, capture_output=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    archive = folder / "source.tar"
+    subprocess.run(["tar", "-cf", archive, "--null", "-T", "-"], cwd=ROOT, input=listed.stdout, check=True)
+    subprocess.run(["tar", "-xf", archive, "-C", source], check=True)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, source]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def tracked() -> set[str]:
+    """The Python and data files of the package, as they are called inside it."""
+    listed = subprocess.run(["git", "ls-files", "fqonnx", *LINKED], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    suffixes = (".py", ".typed", ".html", ".css", ".js")
+    return {name if name.startswith("fqonnx/") else f"fqonnx/{name}" for name in listed if name.endswith(suffixes)}
+
+
+def test_the_wheel_holds_every_file_once(dist: Path) -> None:
+    (wheel,) = dist.glob("*.whl")
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
+    assert set(names) == tracked()
+    assert Counter(names).most_common(1)[0][1] == 1
+
+
+def test_the_sdist_holds_every_file_once(dist: Path) -> None:
+    (sdist,) = dist.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        members = archive.getmembers()
+    names = [member.name.partition("/")[2] for member in members if member.isfile()]
+    assert not [member.name for member in members if member.issym() or member.islnk()]
+    assert tracked() <= set(names)
+    assert {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "docs/architecture.md"} <= set(names)
+    assert not [name for name in names if name.startswith((*(f"{folder}/" for folder in LINKED), "tests/"))]
+    assert Counter(names).most_common(1)[0][1] == 1
+
+
+def test_the_wheel_is_built_from_the_sdist(dist: Path) -> None:
+    """``build`` makes the wheel out of the unpacked sdist, so the links' content has to be in there."""
+    (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive, zipfile.ZipFile(wheel) as files:
+        root = archive.getnames()[0].partition("/")[0]
+        for name in tracked():
+            found = archive.extractfile(f"{root}/{name}")
+            assert found is not None
+            assert found.read() == files.read(name), name
+
+
+def test_the_wheel_works_without_the_repository(dist: Path, tmp_path: Path) -> None:
+    (wheel,) = dist.glob("*.whl")
+    with zipfile.ZipFile(wheel) as files:
+        files.extractall(tmp_path / "site")  # noqa: S202 - our own wheel
+    code = (
+        "import sys; sys.path = [p for p in sys.path if 'editable' not in p and p != sys.argv[2]]\n"
+        "sys.meta_path = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '') and 'editable' not in repr(f)]\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "import fqonnx, fqonnx.build, fqonnx.cli.main, fqonnx.passes.pipeline, fqonnx.calib.solve, fqonnx.plugins\n"
+        "from fqonnx.report.html import render\n"
+        "from fqonnx.report import Report\n"
+        "assert '<html' in render(Report(model='a', candidate='b', passed=True))\n"
+        "print(fqonnx.__file__, fqonnx.calib.solve.__file__)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "site"), str(ROOT)], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(Path(path).is_relative_to(tmp_path / "site") for path in done.stdout.split())
+
+
+def test_the_entry_point_and_the_metadata(dist: Path) -> None:
+    (wheel,) = dist.glob("*.whl")
+    with zipfile.ZipFile(wheel) as files:
+        info = next(name.partition("/")[0] for name in files.namelist() if ".dist-info/" in name)
+        entry_points = files.read(f"{info}/entry_points.txt").decode()
+        metadata = files.read(f"{info}/METADATA").decode()
+    assert "fqonnx = fqonnx.cli.main:main" in entry_points
+    assert "License-Expression: Apache-2.0" in metadata
+    assert "# fqonnx" in metadata  # the README
+
+
+def test_links_point_to_the_top_level_folders() -> None:
+    for name in LINKED:
+        assert (ROOT / "fqonnx" / name).readlink() == Path("..") / name
+
+
+def constraints() -> dict[str, str]:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    return {re.sub(r"[-_.]+", "-", name).lower(): pinned for name, pinned in (line.split("==") for line in lines)}
+
+
+def test_every_dependency_is_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    optional = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *(line for extra in ("dev", "samples", "tensorrt-rtx", "text") for line in optional[extra])]
+    pinned = constraints()
+    for line in wanted:
+        found = re.match(r"[\w.-]+", line)
+        assert found is not None
+        assert re.sub(r"[-_.]+", "-", found[0]).lower() in pinned, line
+
+
+def test_the_pins_name_no_place_and_no_local_build() -> None:
+    for name, pinned in constraints().items():
+        assert re.fullmatch(r"\d[\w.]*", pinned), (name, pinned)
+    text = "".join(
+        (ROOT / file).read_text() for file in ("constraints.txt", "Makefile", "pyproject.toml", ".ci/run", ".pre-commit-config.yaml")
+    )
+    assert not re.search(r"https?://|index-url|find-links", text)
