@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 @click.pass_obj
 def build(
     command: str,
+    /,
     model: Path,
     out: Path,
     calib_data: str | None,

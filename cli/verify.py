@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 @click.pass_obj
 def verify(
     command: str,
+    /,
     reference: Path,
     candidate: Path,
     data: str | None,
