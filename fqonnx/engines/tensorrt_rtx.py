@@ -105,15 +105,16 @@ def _add_profile(builder: Any, network: Any, config: Any, profiles: Mapping[str,
     unknown = sorted(set(profiles) - set(inputs))
     if unknown:
         raise UsageError(f"shapes are given for {unknown[0]!r}, which is no input: the inputs are {', '.join(inputs)}")
+    for name, wanted in profiles.items():
+        _require_fit(name, tuple(inputs[name].shape), wanted)
     dynamic = {name: tuple(tensor.shape) for name, tensor in inputs.items() if -1 in tuple(tensor.shape)}
     missing = sorted(set(dynamic) - set(profiles))
     if missing:
         expected = "x".join(str(d) if d >= 0 else "?" for d in dynamic[missing[0]])
         raise UsageError(f"input {missing[0]!r} is {expected}: give --min-shapes, --opt-shapes and --max-shapes for it")
     profile = builder.create_optimization_profile()
-    for name, shape in dynamic.items():
+    for name in dynamic:
         wanted = profiles[name]
-        _require_fit(name, shape, wanted)
         profile.set_shape(name, wanted.minimum, wanted.optimum, wanted.maximum)
     if dynamic:
         config.add_optimization_profile(profile)
