@@ -239,9 +239,13 @@ def _require_data(tensor: ir.ExternalTensor, model_path: Path) -> None:
     if os.path.commonpath([folder, target]) != folder:
         raise ModelError(f"{where} lies outside the model's folder ({tensor.path} is {target}): copy the real file beside the model")
     try:
-        size = Path(tensor.path).stat().st_size
+        status = Path(tensor.path).stat()
     except OSError:
         raise ModelError(f"{where} is missing: {tensor.path}: copy it beside the model") from None
+    size = status.st_size
+    if status.st_nlink > 1:
+        # onnx and onnx_ir take it for an attack, though only when they come to read it.
+        raise ModelError(f"{where} has several hard links, which onnx refuses to read: {tensor.path}: make it a plain copy")
     offset = tensor.offset or 0
     if tensor.length is not None and tensor.length != tensor.nbytes:
         raise ModelError(f"{where} is {tensor.length} bytes but its shape and type need {tensor.nbytes}: export the model again")

@@ -135,6 +135,19 @@ def _reshape(node: ir.Node, x: AnyArray, shape: AnyArray) -> AnyArray:
     return x.reshape(dims)
 
 
+def _concat(node: ir.Node, *operands: AnyArray) -> AnyArray:
+    return np.concatenate(operands, axis=node.attributes.get_int("axis", 0))
+
+
+def _unsqueeze(_node: ir.Node, x: AnyArray, axes: AnyArray) -> AnyArray:
+    return np.expand_dims(x, tuple(int(axis) for axis in axes))
+
+
+def _squeeze(_node: ir.Node, x: AnyArray, axes: AnyArray | None = None) -> AnyArray:
+    return np.squeeze(x, None if axes is None else tuple(int(axis) for axis in axes))
+
+
+# Division is for floats: of integers, ONNX truncates where numpy does not. No exporter divides integer weights.
 _EVALUATORS: dict[tuple[str, str], Callable[..., AnyArray]] = {
     ("", "Identity"): lambda _node, x: x,
     ("", "Cast"): _cast,
@@ -144,4 +157,9 @@ _EVALUATORS: dict[tuple[str, str], Callable[..., AnyArray]] = {
     ("", "Reshape"): _reshape,
     ("", "Add"): _binary(np.add),
     ("", "Mul"): _binary(np.multiply),
+    ("", "Sub"): _binary(np.subtract),
+    ("", "Div"): _binary(np.divide),
+    ("", "Concat"): _concat,
+    ("", "Unsqueeze"): _unsqueeze,
+    ("", "Squeeze"): _squeeze,
 }

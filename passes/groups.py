@@ -21,7 +21,8 @@ class Linear:
     """One linear ``output = input · weightᵀ + bias`` as the exporter wrote it.
 
     Attributes:
-        name: Unique name (the matrix product's node name); what ``--keep`` matches and reports show.
+        name: Unique name: the module's path where the export tells it (``layers.0.mlp.up``), else the parameter's or the node's name;
+            what ``--keep`` matches (it matches node names too) and reports show.
         input: The activation, ``[.., K]``, fp16, bf16 or fp32.
         output: The value that a replacement must produce, ``[.., N]``; behind the bias ``Add`` when that is folded in.
         nodes: The nodes a replacement makes obsolete, in graph order: the product, then the bias ``Add`` where there is one.

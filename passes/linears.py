@@ -6,6 +6,7 @@ import ast
 import re
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -68,7 +69,7 @@ def find(model: ir.Model, *, keep: Sequence[str] = (), quantize_head: bool = Fal
         reason = _kept(keep, name, node)
         if node.graph is not model.graph and isinstance(node.graph, ir.Graph):
             owner = bodies[node.graph]
-            reason = f"in the body of {owner.op_type} {owner.name!r}, which may run any number of times"
+            reason = f"in the body of {owner.op_type} {owner.name!r}"
         if isinstance(found, str):
             left.append(LeftInFloat(name, node.op_type, reason or found, _constant_shape(node)))
             continue
@@ -143,6 +144,8 @@ def _from_operands(
     if not is_constant(w):
         return _run_time_weight(w)
     shape = shape_of(w)
+    if x.shape is not None and len(x.shape) == 1:
+        return "its input is a vector"
     if shape is None:
         return "the weight's shape is unknown"
     if len(shape) > 2:
@@ -337,33 +340,33 @@ def _constant_shape(node: ir.Node) -> tuple[int, ...] | None:
 
 
 def _readable_name(node: ir.Node) -> str:
-    """The module's path where the export tells it, else the weight's or the node's name.
+    """The module's path where the export tells it, else the weight's or the node's name; a product without weight adds its own name.
 
     1. torch's dynamo export keeps the module path in the node's metadata;
     2. TorchScript names nodes ``/layers.0/mlp/up/MatMul``;
     3. older ones name nodes ``MatMul_12`` but keep the parameter's name: ``layers.0.mlp.up.weight``.
     """
     own = node.name or ""
-    scopes = node.metadata_props.get(_SCOPES)
-    if scopes is not None:
-        try:
-            path = ast.literal_eval(scopes)
-        except (ValueError, SyntaxError):
-            path = []
-        if isinstance(path, list) and len(path) >= 2 and path[-2]:
-            return str(path[-2])
-    if own.startswith("/"):
-        parts = own.strip("/").split("/")
-        parts = parts[:-1] or parts
+    parts = own.strip("/").split("/")
+    weights = [value for value in node.inputs if value is not None and is_constant(value)]
+    path = _module_path(node)
+    if path is None and own.startswith("/") and len(parts) > 1:
         # TorchScript writes a Sequential's child as ``layers/layers.1``.
-        repeated = [after.startswith(f"{part}.") for part, after in zip(parts, [*parts[1:], ""], strict=True)]
-        return ".".join(part for part, again in zip(parts, repeated, strict=True) if not again)
-    for value in node.inputs:
-        if value is not None and is_constant(value):
-            for source in sources(value):
-                if (source.name or "").endswith(".weight"):
-                    return (source.name or "").removesuffix(".weight")
-    return own
+        scopes = [scope for scope, inner in pairwise(parts) if not inner.startswith(f"{scope}.")]
+        path = ".".join(scopes)
+    if path is not None:
+        return path if weights else f"{path}.{parts[-1]}"
+    parameters = [source.name or "" for weight in weights for source in sources(weight)]
+    return next((name.removesuffix(".weight") for name in parameters if name.endswith(".weight")), own)
+
+
+def _module_path(node: ir.Node) -> str | None:
+    """From the list of nested scopes that torch writes as text, the last of them the operator's own."""
+    try:
+        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+    except (ValueError, SyntaxError):
+        return None
+    return str(scopes[-2]) if isinstance(scopes, list) and len(scopes) > 1 and scopes[-2] else None
 
 
 _SCOPES = "pkg.torch.onnx.name_scopes"

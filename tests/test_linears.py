@@ -15,6 +15,8 @@ from tests.graph_text import graph_text
 from tests.runtime import run
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fqonnx.passes.groups import Linears
 
 PRODUCTS = {"MatMul", "Gemm", "FusedMatMul", "Einsum", "Conv"}
@@ -120,6 +122,19 @@ def _replace(node: ir.Node, index: int, array: np.ndarray[Any, Any]) -> None:
     node.replace_input_with(index, value)
 
 
+def test_golden(golden: Callable[[str, str], None]) -> None:
+    """What ``find`` says of the whole zoo, in one text."""
+    lines = []
+    for name in zoo.ZOO:
+        _, result = found(name)
+        lines.append(name)
+        for group in result.groups:
+            norm = f", norm {group.norm.scale_node.op_type}" if group.norm is not None else ""
+            lines.append(f"  {group.name}: {group.out_features} x {group.in_features}, {len(group.linears)} linears{norm}")
+        lines += [f"  {left.name} ({left.op_type}, {left.weight_shape}) in float: {left.reason}" for left in result.left_in_float]
+    golden("linears_zoo", "\n".join(lines) + "\n")
+
+
 def test_find_only_looks() -> None:
     for name in zoo.ZOO:
         model = prepare(zoo.model(name))
@@ -196,6 +211,19 @@ def test_dynamo_metadata_names_the_module() -> None:
     entry.key, entry.value = "pkg.torch.onnx.name_scopes", "['', 'model', 'model.mlp.up', 'linear']"
     (group,) = find(prepare(ir.from_proto(proto))).groups
     assert group.name == "model.mlp.up"
+
+
+def test_products_without_weight_add_their_own_name() -> None:
+    g = zoo.Graph("scores")
+    scores = g.op("MatMul", "x", g.op("Transpose", "x", perm=[0, 2, 1]), name="/attn/MatMul")
+    model = prepare(ir.from_proto(g.model([g.op("MatMul", scores, "x", name="/attn/MatMul_1")])))
+    assert [left.name for left in find(model).left_in_float] == ["attn.MatMul", "attn.MatMul_1"]
+
+
+def test_sequential_scopes_of_torchscript() -> None:
+    g = zoo.Graph("sequential")
+    model = prepare(ir.from_proto(g.model([g.op("MatMul", "x", g.weight(zoo.K, zoo.K), name="/mlp/layers/layers.1/MatMul")])))
+    assert find(model).groups[0].name == "mlp.layers.1"
 
 
 def test_keep_matches_node_names_too() -> None:

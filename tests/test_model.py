@@ -120,6 +120,13 @@ def test_external_data_outside_the_folder(tmp_path: Path) -> None:
         model_file.load(path)
 
 
+def test_hard_linked_external_data(tmp_path: Path) -> None:
+    path = _saved(tmp_path, external=True)
+    (tmp_path / "link").hardlink_to(path.parent / "m.data")
+    with pytest.raises(ModelError, match=r"has several hard links, .*: make it a plain copy$"):
+        model_file.load(path)
+
+
 def _with_node(op_type: str, domain: str = "", name: str = "it") -> ir.Model:
     g = zoo.Graph("refused")
     return ir.from_proto(g.model([g.op(op_type, "x", domain=domain, name=name)]))
@@ -333,3 +340,37 @@ def test_saving_holds_one_tensor_at_a_time(tmp_path: Path, external: bool) -> No
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert sum(p.stat().st_size for p in tmp_path.iterdir()) > 24 * 2048 * 2048 * 4
     assert int(done.stdout) < 100_000  # kB; a tensor is 16 MB
+
+
+def test_five_gigabytes_are_prepared_and_searched_in_little_memory(tmp_path: Path) -> None:
+    """80 linears of 64 MiB in a sparse file; one weight is read at the end."""
+    layers, k, n = 80, 4096, 8192
+    x = helper.make_tensor_value_info("x", zoo.FLOAT16, ["rows", k])
+    nodes, initializers = [], []
+    for i in range(layers):
+        weight = TensorProto(name=f"w{i}", data_type=zoo.FLOAT16, dims=[k, n], data_location=TensorProto.EXTERNAL)
+        for key, value in (("location", "m.data"), ("offset", i * 2 * k * n), ("length", 2 * k * n)):
+            weight.external_data.add(key=key, value=str(value))
+        initializers.append(weight)
+        nodes.append(helper.make_node("MatMul", ["x", f"w{i}"], [f"y{i}"]))
+    nodes.append(helper.make_node("Sum", [f"y{i}" for i in range(layers)], ["y"]))
+    graph = helper.make_graph(nodes, "large", [x], [helper.make_tensor_value_info("y", zoo.FLOAT16, ["rows", n])], initializers)
+    (tmp_path / "m.onnx").write_bytes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]).SerializeToString())
+    with (tmp_path / "m.data").open("wb") as file:
+        file.truncate(layers * 2 * k * n)
+    script = textwrap.dedent(f"""
+        import resource
+        from fqonnx import model as model_file
+        from fqonnx.passes.linears import find
+        from fqonnx.passes.prepare import prepare
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        groups = find(prepare(model_file.load({str(tmp_path / "m.onnx")!r}))).groups
+        print(len(groups[0].linears), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        assert groups[0].linears[-1].read_weight().shape == ({n}, {k})
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    linears, searched, read = (int(word) for word in done.stdout.split())
+    assert linears == layers
+    assert searched < 50_000  # kB
+    assert read < 400_000  # the 64 MiB read, its 128 MiB in fp32, and that transposed

@@ -165,6 +165,16 @@ def matmul_twice_transposed_cast_identity(g: Graph) -> onnx.ModelProto:
 
 
 @case(1)
+def matmul_weight_by_integer_arithmetic(g: Graph) -> onnx.ModelProto:
+    """Weight-only storage without DequantizeLinear: (cast(q) - zero) * scale, halves concatenated."""
+    halves = [g.op("Cast", g.constant(g.random.integers(0, 16, (K, N // 2)).astype(np.uint8)), to=FLOAT) for _ in range(2)]
+    centered = g.op("Sub", g.op("Concat", *halves, axis=1), g.constant(np.array(8.0, np.float32)))
+    scale = g.op("Unsqueeze", g.constant(g.random.uniform(10, 20, N).astype(np.float32)), g.constant(np.array([0], np.int64)))
+    w = g.op("Mul", g.op("Div", centered, scale), g.op("Squeeze", g.weight(1, K, 1), g.constant(np.array([0], np.int64))))
+    return g.model([g.op("MatMul", "x", w)])
+
+
+@case(1)
 def matmul_weight_in_constant_node(g: Graph) -> onnx.ModelProto:
     w = numpy_helper.from_array(g.random.normal(size=(K, N)).astype(np.float32))
     return g.model([g.op("MatMul", "x", g.op("Constant", value=w))])
@@ -302,6 +312,11 @@ def batched_experts(g: Graph) -> onnx.ModelProto:
 @case(left=("a vector",))
 def vector_weight(g: Graph) -> onnx.ModelProto:
     return g.model([g.op("MatMul", "x", g.weight(K))])
+
+
+@case(left=("its input is a vector",))
+def vector_input(g: Graph) -> onnx.ModelProto:
+    return g.model([g.op("MatMul", "x", g.weight(K, N))], {"x": (FLOAT, (K,))})
 
 
 @case(1, left=("too small (16 x 64",))
