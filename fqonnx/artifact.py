@@ -185,9 +185,13 @@ class Workspace:
     def require_space(self, needed: int) -> None:
         """Stop early where the disk cannot hold the build.
 
+        Args:
+            needed: Bytes that the whole build writes; what a resumed one has written already is taken off.
+
         Raises:
-            ArtifactError: Fewer than ``needed`` bytes are free.
+            ArtifactError: Fewer bytes are free.
         """
+        needed -= sum(path.stat().st_size for path in self.work.rglob("*") if path.is_file())
         free = shutil.disk_usage(self.root).free
         if free < needed:
             raise ArtifactError(

@@ -136,7 +136,7 @@ def build(
                 "device": device,
             }
         )
-        workspace.require_space(float_model.disk_needed())
+        workspace.require_space(float_model.disk_needed(recipe))
         groups = float_model.found.groups
         with clock("observe"):
             stats = _observe(float_model, data, recipe, workspace.work, progress)
@@ -160,7 +160,7 @@ def build(
             recipe=recipe.to_dict(),
             command=command,
             notes=(*data.notes, *report.notes),
-            time={**clock.seconds(), **{side: report.time[side] for side in ("reference", "candidate")}},
+            time=clock.seconds(),
         )
         save_report(report, workspace.files / artifact.REPORT)
         save_html(report, workspace.files / artifact.PAGE)
@@ -281,9 +281,13 @@ class _FloatModel:
             raise ModelError(f"{path} has nothing to quantize: {_why_nothing(found)}")
         return cls(path, model, found, fingerprint, float_bytes)
 
-    def disk_needed(self) -> int:
-        """Bytes that a build writes at its peak, roughly: solved codes at one byte a weight, and the model at its float size at most."""
-        return self.float_bytes + sum(group.in_features * group.out_features for group in self.found.groups)
+    def disk_needed(self, recipe: Recipe) -> int:
+        """Bytes that a build writes, roughly: the model at its float size at most, codes at one byte a weight, Hessians."""
+        codes = sum(group.in_features * group.out_features for group in self.found.groups)
+        hessians = (
+            sum(4 * group.in_features**2 for group in self.found.groups) if weight_quantizer_named(recipe.weights).needs_hessian else 0
+        )
+        return self.float_bytes + codes + hessians
 
 
 def _why_nothing(found: Linears) -> str:

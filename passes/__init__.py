@@ -1,0 +1,1 @@
+"""Graph passes on onnx-ir: make a model ready, find its linears, quantize them, fuse the result into kernels."""

@@ -1,0 +1,1 @@
+"""Kernels and runtime plugins of the ops in domain ``fqonnx``."""
