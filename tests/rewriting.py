@@ -161,6 +161,17 @@ def chain(dtype: int = TensorProto.FLOAT, opset: int = 21) -> onnx.ModelProto:
     return b.model()
 
 
+def tied(dtype: int = TensorProto.FLOAT, opset: int = 21) -> onnx.ModelProto:
+    """One weight behind two linears of different inputs, and one that an elementwise node reads too."""
+    b = Builder(dtype, opset)
+    x = b.input("x", [None, 64])
+    y = b.node("Tanh", [b.linear(x, 64, 64, "first", bias="right")], "tanh")
+    z = b.node("MatMul", [y, "first.weight"], "second")
+    row = b.node("Gather", [b.node("Abs", ["first.weight"], "abs"), b.constant("index", np.array(3, np.int64))], "row", axis=0)
+    b.output(b.node("Add", [z, row], "sum"), [None, 64])
+    return b.model()
+
+
 MODELS: dict[str, Callable[..., onnx.ModelProto]] = {
     "mlp": mlp,
     "qkv": qkv,
@@ -168,6 +179,7 @@ MODELS: dict[str, Callable[..., onnx.ModelProto]] = {
     "shared_norm": shared_norm,
     "outputs": outputs,
     "chain": chain,
+    "tied": tied,
 }
 
 

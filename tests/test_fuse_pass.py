@@ -14,7 +14,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript.rewriter import MatchingTracer
 
 from fqonnx.errors import UsageError
-from fqonnx.ops import DOMAIN, to_layout
+from fqonnx.ops import DOMAIN, inline_bodies, to_layout
 from fqonnx.ops.reference import unpack_rows, w4a4_gemm
 from fqonnx.passes.edit import GROUP_TAG, LINEARS_TAG
 from fqonnx.passes.fuse import LOWERING_TAG, PORTABLE, Fuse, Lowering, QdqProduct, lowering_for
@@ -127,7 +127,7 @@ def test_each_group_becomes_one_quantizer_and_one_gemm(name: str) -> None:
     found_ops = ops(model)
     assert found_ops["FlatQuantize"] == found_ops["W4A4Gemm"] == len(groups)
     assert found_ops["Split"] == sum(len(group.linears) > 1 for group in groups)
-    assert not found_ops.keys() & {"DequantizeLinear", "MatMul", "Cast", "Transpose"}
+    assert not found_ops.keys() & {"DequantizeLinear", "MatMul", "Gemm", "Cast", "Transpose"}
     assert all(value.uses() for value in model.graph.initializers.values()), "a constant that nothing reads"
     assert ir.to_proto(model).graph.input == proto.graph.input
     assert [o.name for o in model.graph.outputs] == [o.name for o in proto.graph.output]
@@ -139,6 +139,19 @@ def test_each_group_becomes_one_quantizer_and_one_gemm(name: str) -> None:
         for linear in group.linears:
             (value,) = [v for node in model.graph for v in node.outputs if v.name == linear.output.name]
             assert (value.dtype, value.shape) == (linear.output.dtype, linear.output.shape)
+
+
+def test_the_exporters_metadata_stays_where_it_holds_for_all_that_is_merged() -> None:
+    model, groups = found(gate_up())
+    for group in groups:
+        for linear in group.linears:
+            linear.nodes[0].metadata_props.update(scope=linear.name, layer="mlp")
+    solutions = solve(groups, SCHEMES["w4a4"])
+    quantize_model(model, groups, solutions.__getitem__, recipe("w4a4"))
+    merged, single = gemms(model).values()
+    assert merged.metadata_props["layer"] == single.metadata_props["layer"] == "mlp"
+    assert "scope" not in merged.metadata_props
+    assert single.metadata_props["scope"] == "mlp.down"
 
 
 def test_weights_stay_lazy_and_are_stacked_in_the_layout_of_the_target() -> None:
@@ -280,8 +293,10 @@ def test_inside_a_branch() -> None:
     model.graph.outputs.append(result)
     assert x.uses()
     arrays = feed(mlp()) | {"condition": np.array(True)}
+    check(model)
     before = run(model, arrays)
     assert Fuse(lowering_for("sm80"))(model).modified
+    check(model)
     assert Counter(node.op_type for node in branch)["W4A4Gemm"] == 2
     np.testing.assert_allclose(run(model, arrays)["result"], before["result"], rtol=1e-4, atol=1e-4)
 
@@ -314,6 +329,11 @@ def test_the_pattern_says_why_not() -> None:
     def other_op(model: ir.Model) -> None:
         node(model, "up.flat_quantize").op_type = "Other"
 
+    def other_graph(model: ir.Model) -> None:
+        flat = node(model, "up.flat_quantize")
+        model.graph.remove(flat)
+        ir.Graph([], [], nodes=[flat], name="outer")
+
     def int8(model: ir.Model) -> None:
         model.graph.initializers["up.weight_int4"].dtype = ir.DataType.INT8
 
@@ -334,6 +354,7 @@ def test_the_pattern_says_why_not() -> None:
     for change, expected in (
         (packed, "packed already"),
         (other_op, "not the dequantized output of a FlatQuantize"),
+        (other_graph, "quantized outside of this graph"),
         (int8, "not a constant INT4 matrix"),
         (computed_scale, "not constant fp32"),
         (per_column, "neither per row nor per group along K"),
@@ -360,6 +381,24 @@ def test_the_pipeline_under_an_optimizing_runtime(scheme: str, monkeypatch: pyte
     session = ort.InferenceSession(ir.to_proto(rewritten).SerializeToString(), options, providers=["CPUExecutionProvider"])
     for value, got in zip(session.get_outputs(), session.run(None, arrays), strict=True):
         assert np.linalg.norm(got - reference[value.name]) < 1e-2 * np.linalg.norm(got)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", ["qkv", "gate_up"])
+def test_every_scheme_builds_in_tensorrt_rtx(name: str, scheme: str) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="pip install fqonnx[tensorrt-rtx]")
+    model, groups = found(MODELS[name](FP16))
+    solutions = solve(groups, SCHEMES[scheme], group_size=32)
+    inline_bodies(quantize_model(model, groups, solutions.__getitem__, recipe(scheme)))
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse(ir.to_proto(model).SerializeToString()), [parser.get_error(i).desc() for i in range(parser.num_errors)]
+    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+    profile.set_shape("x", *((batch, 4, groups[0].in_features) for batch in (1, 2, 4)))
+    config.add_optimization_profile(profile)
+    assert builder.build_serialized_network(network, config) is not None
 
 
 def test_validation_names_the_pass_that_broke_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
