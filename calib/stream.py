@@ -288,6 +288,8 @@ class StreamedModel:
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # what goes wrong comes as an exception; the log would print it a second time
         options.enable_mem_pattern = False  # a pattern is cached for every shape: ragged samples would pile them up
+        # Between two runs the caller works with threads of its own: those of the session must not spin beside them.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if weights:
             options.add_external_initializers(list(weights), [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()])
         try:
