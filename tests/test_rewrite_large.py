@@ -87,14 +87,9 @@ source, destination, scheme = sys.argv[1:]
 model = prepare(files.load(source))
 groups = {group.name: group for group in find(model).groups}
 
-def solution(name):
-    # To nearest, a few rows at a time, so that the peak is not this function's.
-    weight = np.concatenate([linear.read_weight().astype(np.float16) for linear in groups[name].linears])
-    scales = np.abs(weight).max(axis=1, keepdims=True).astype(np.float32) / 7
-    codes = np.empty(weight.shape, np.int8)
-    for row in range(len(weight)):
-        codes[row] = np.rint(weight[row] / scales[row])
-    return GroupSolution(name, None, None, None, 1.0, codes, scales)
+def solution(name):  # as if from disk
+    n, k = groups[name].out_features, groups[name].in_features
+    return GroupSolution(name, None, None, None, 1.0, np.full((n, k), 3, np.int8), np.full((n, 1), 1e-3, np.float32))
 
 def peak():  # of this program alone: ru_maxrss carries over what started it
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
@@ -106,17 +101,25 @@ print(json.dumps({"before": before, "peak": peak(), "seconds": time.process_time
 """
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("large") / "float.onnx"
+    write_large(path, layers=6)
+    return path
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["w4a4", "w4a16"])
-def test_600_mb_of_weights_are_streamed(scheme: str, tmp_path: Path) -> None:
-    source, destination = tmp_path / "float.onnx", tmp_path / "quantized.onnx"
-    write_large(source, layers=6)
-    assert source.with_name("float.onnx.data").stat().st_size > 600e6
-    done = subprocess.run([sys.executable, "-c", _LARGE, source, destination, scheme], check=True, capture_output=True, text=True)
+def test_600_mb_of_weights_are_streamed(scheme: str, large: Path, tmp_path: Path) -> None:
+    """The peak is a few times the largest group's 39 MB of codes, not the model's 617 MB, and torch is never imported."""
+    destination = tmp_path / "quantized.onnx"
+    assert large.with_name("float.onnx.data").stat().st_size > 600e6
+    done = subprocess.run([sys.executable, "-c", _LARGE, large, destination, scheme], check=True, capture_output=True, text=True)
     figures = json.loads(done.stdout)
     onnx.checker.check_model(destination, full_check=True)
+    assert destination.with_name("quantized.onnx.data").stat().st_size < 160e6
     assert not figures["torch"]
-    assert figures["peak"] - figures["before"] < 250
+    assert figures["peak"] - figures["before"] < 200, figures
 
 
 def write_large(path: Path, layers: int) -> None:
