@@ -111,7 +111,8 @@ def build(
     progress = progress or Silent()
     builder = engine_named(engine)
     _require_device(device)
-    lowering_for(target)  # refuse a target without kernels before the long work
+    lowering_for(target)  # refuses a target without kernels before the long work, as the next line does for the engine
+    builder.require(target)
     clock = _Clock()
     with artifact.Workspace(Path(out), force=force, resume=resume) as workspace:
         with clock("read"):

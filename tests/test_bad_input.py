@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,19 @@ def test_a_choice_that_does_not_exist(model: Path, data: Path, tmp_path: Path, o
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
 def test_a_device_that_is_not_here(model: Path, data: Path, tmp_path: Path) -> None:
     refused(build(model, data, tmp_path / "out", "--device", "cuda"), "--device cpu")
+
+
+def test_an_engine_that_is_not_installed(model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said before the work starts."""
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    done = build(model, data, tmp_path / "out", "--engine", "tensorrt-rtx")
+    refused(done, "pip install 'fqonnx[tensorrt-rtx]'")
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_a_target_that_the_engine_does_not_know(model: Path, data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    refused(build(model, data, tmp_path / "out", "--engine", "tensorrt-rtx", "--target", "sm90"), "does not build for target 'sm90'")
 
 
 def test_verify_with_another_model(model: Path, data: Path, tmp_path: Path) -> None:

@@ -381,6 +381,17 @@ def test_a_target_stores_operands_for_its_kernels(tmp_path: Path) -> None:
     assert {group["kernel"] for group in open_artifact(tmp_path / "out").groups} == {"fqonnx.W4A4Gemm packed/plain"}
 
 
+def test_an_engine_is_built_for_the_shapes_of_the_data(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    model, data = write_mlp(tmp_path / "mlp.onnx"), write_data(tmp_path / "data.npz")
+    arguments = ("--transform", "hadamard", "--weights", "rtn", "--engine", "tensorrt-rtx", "--max-shapes", "x:8x32")
+    done = run("build", model, "-o", tmp_path / "out", "--calib-data", data, *arguments)
+    assert done.code == 0, done.stderr
+    engine = open_artifact(tmp_path / "out").engine
+    assert engine is not None
+    assert engine.stat().st_size > 10_000
+
+
 def test_the_same_command_gives_the_same_files(tmp_path: Path) -> None:
     model, data = write_mlp(tmp_path / "mlp.onnx"), write_data(tmp_path / "data.npz", samples=80)
     for name in ("a", "b"):

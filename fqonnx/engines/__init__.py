@@ -29,6 +29,14 @@ class Profile:
 class Engine(Protocol):
     """Makes what a runtime loads out of an artifact's model."""
 
+    def require(self, target: str | None = None) -> None:
+        """Make sure, before the long work, that ``build`` has what it needs here.
+
+        Raises:
+            EngineError: The runtime is missing, or does not build for ``target``; the message says what to do.
+        """
+        ...
+
     def build(self, model_path: Path, out_path: Path, *, profiles: Mapping[str, Profile], target: str | None = None) -> None:
         """Build for the shapes of ``profiles`` (by input name; inputs of fixed shape need none).
 

@@ -31,6 +31,9 @@ _SOURCE = re.compile(r"\S*/(?:onnxruntime_src|onnxruntime)/\S+:\d+ \S.*?\) ?")
 class OnnxRuntime:
     """The engine ``onnxruntime``: it loads ``model.onnx`` as it is, so there is no file to build."""
 
+    def require(self, target: str | None = None) -> None:
+        """Do nothing; ONNX Runtime is a dependency of fqonnx and runs what is stored for any target."""
+
     def build(self, model_path: Path, out_path: Path, *, profiles: Mapping[str, Profile], target: str | None = None) -> None:
         """Do nothing; verification runs the model in ONNX Runtime."""
 

@@ -17,6 +17,14 @@ if TYPE_CHECKING:
 class TensorRtRtx:
     """Builds ``engine.plan`` with ``tensorrt_rtx``, strongly typed: the model's own types are the engine's."""
 
+    def require(self, target: str | None = None) -> None:
+        """Make sure that ``tensorrt_rtx`` is here and knows the target.
+
+        Raises:
+            EngineError: It is not installed, or does not build for ``target``.
+        """
+        _capability(_import(), target)
+
     def build(self, model_path: Path, out_path: Path, *, profiles: Mapping[str, Profile], target: str | None = None) -> None:
         """Build an engine with one optimisation profile.
 
@@ -30,19 +38,18 @@ class TensorRtRtx:
             EngineError: ``tensorrt_rtx`` is not installed, does not know the target, or refuses the model.
             UsageError: A profile is missing, of an unknown input, or does not fit the input.
         """
-        try:
-            import tensorrt_rtx as trt
-        except ImportError as error:
-            raise EngineError(f"TensorRT-RTX is not usable here ({error}): pip install 'fqonnx[tensorrt-rtx]'") from None
-
+        trt = _import()
+        capability = _capability(trt, target)
         logger = _make_logger(trt)
         builder = trt.Builder(logger)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, logger)
-        if not parser.parse_from_file(str(model_path)):
+        if not parser.parse(_standard_model(model_path), str(model_path)):
             raise EngineError(f"TensorRT-RTX cannot parse {model_path.name}: {_parser_errors(parser)}")
         config = builder.create_builder_config()
-        _set_target(trt, config, target)
+        if capability is not None:
+            config.num_compute_capabilities = 1
+            config.set_compute_capability(capability, 0)
         _add_profile(builder, network, config, profiles)
         plan = builder.build_serialized_network(network, config)
         if plan is None:
@@ -88,16 +95,36 @@ def _parser_errors(parser: Any) -> str:
     return f"{node}{reason}{more}: export the model without this operator, or build for --engine onnxruntime"
 
 
-def _set_target(trt: Any, config: Any, target: str | None) -> None:
+def _standard_model(path: Path) -> bytes:
+    """The model with standard operators only, serialized; external data stay where they are, beside ``path``."""
+    import onnx_ir as ir
+
+    from fqonnx.model import load
+    from fqonnx.ops import inline_bodies
+
+    model = load(path)
+    inline_bodies(model)
+    return bytes(ir.to_proto(model).SerializeToString())
+
+
+def _import() -> Any:
+    try:
+        import tensorrt_rtx
+    except ImportError as error:
+        raise EngineError(f"TensorRT-RTX is not usable here ({error}): pip install 'fqonnx[tensorrt-rtx]'") from None
+    return tensorrt_rtx
+
+
+def _capability(trt: Any, target: str | None) -> Any:
+    """The ``ComputeCapability`` of a target, or None for none in particular."""
     if target is None:
-        return
+        return None
     match = re.fullmatch(r"sm_?(\d+)", target)
     capability = trt.ComputeCapability.__members__.get(f"SM{match[1]}") if match else None
     if capability is None:
         known = ", ".join(name.lower() for name in trt.ComputeCapability.__members__ if name.startswith("SM"))
         raise EngineError(f"TensorRT-RTX does not build for target {target!r}: choose from {known}")
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(capability, 0)
+    return capability
 
 
 def _add_profile(builder: Any, network: Any, config: Any, profiles: Mapping[str, Profile]) -> None:
