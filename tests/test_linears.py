@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
+from fqonnx import model as model_file
 from fqonnx.passes.linears import find
 from fqonnx.passes.prepare import prepare
 from tests import zoo
@@ -16,6 +18,7 @@ from tests.runtime import run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from fqonnx.passes.groups import Linears
 
@@ -218,6 +221,51 @@ def test_products_without_weight_add_their_own_name() -> None:
     scores = g.op("MatMul", "x", g.op("Transpose", "x", perm=[0, 2, 1]), name="/attn/MatMul")
     model = prepare(ir.from_proto(g.model([g.op("MatMul", scores, "x", name="/attn/MatMul_1")])))
     assert [left.name for left in find(model).left_in_float] == ["attn.MatMul", "attn.MatMul_1"]
+
+
+def test_names_that_meet_are_numbered() -> None:
+    g = zoo.Graph("meet")
+    h = "x"
+    for name in ("/m/a/MatMul", "/m/a.MatMul/MatMul", "/m/a/Gate/../MatMul"):
+        h = g.op("MatMul", h, g.weight(zoo.K, zoo.K), name=name)
+    shared = g.weight(zoo.K, zoo.K, name="tied.weight")
+    for _ in range(3):
+        h = g.op("MatMul", h, shared, name="")
+    model = prepare(ir.from_proto(g.model([h])))
+    for node in list(model.graph)[3:]:
+        node.name = "same"  # as before ``prepare`` names nodes apart
+    names = [group.name for group in find(model).groups]
+    assert names[3:] == ["tied", "tied.same", "tied.same_2"]
+    assert len(set(names)) == 6
+
+
+def test_unreadable_scopes_are_passed_over() -> None:
+    proto = zoo.proto("matmul_transposed_weight")
+    for node in proto.graph.node:
+        entry = node.metadata_props.add()
+        entry.key, entry.value = "pkg.torch.onnx.name_scopes", "not a list ["
+    assert find(prepare(ir.from_proto(proto))).groups[0].name == "up"
+
+
+def test_weight_of_unknown_shape_stays_in_float() -> None:
+    model = zoo.model("matmul_transposed_weight")
+    model.graph.node(0).outputs[0].shape = None
+    assert find(model).left_in_float[0].reason == "the weight's shape is unknown"
+
+
+def test_external_weights_are_read_in_every_width(tmp_path: Path) -> None:
+    """4-bit, 8-bit, fp16 and fp32 from a data file, at offsets other than 0."""
+    for name in ("dequantized_blocked_int4", "dequantized_to_fp16", "bias_first", "bf16"):
+        proto = zoo.proto(name)
+        expected = [linear.read_weight() for group in find(prepare(ir.from_proto(proto))).groups for linear in group.linears]
+        onnx.save(proto, tmp_path / "m.onnx", save_as_external_data=True, size_threshold=0, location=f"{name}.data")
+        model = prepare(model_file.load(tmp_path / "m.onnx"))
+        weights = [linear.read_weight() for group in find(model).groups for linear in group.linears]
+        for weight, reference in zip(weights, expected, strict=True):
+            np.testing.assert_array_equal(weight, reference)
+        external = [v.const_value for v in model.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
+        assert external
+        assert all(tensor.raw is None for tensor in external), "a mapping of the data file was left open"
 
 
 def test_sequential_scopes_of_torchscript() -> None:

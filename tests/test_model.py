@@ -236,6 +236,59 @@ def test_round_trip(tmp_path: Path, name: str, external_in: bool, external_out: 
     assert sorted(again_lines) == sorted(lines)  # weights may change their order
 
 
+@pytest.mark.parametrize("external", [False, True])
+def test_external_data_of_constant_nodes_and_bodies_moves_along(tmp_path: Path, external: bool) -> None:
+    """Both may hold weights; a saved model must not go on pointing at the old file."""
+    g = zoo.Graph("elsewhere")
+    weight = onnx.numpy_helper.from_array(g.random.normal(size=(zoo.K, zoo.K)).astype(np.float32), "inner")
+    y = helper.make_tensor_value_info("y", zoo.FLOAT, None)
+    then = helper.make_graph([helper.make_node("MatMul", ["h", "inner"], ["y"])], "then", [], [y], [weight])
+    other = helper.make_graph([helper.make_node("Relu", ["h"], ["y"])], "else", [], [y])
+    constant = onnx.numpy_helper.from_array(g.random.normal(size=(zoo.K, zoo.K)).astype(np.float32), "outer")
+    g.op("MatMul", "x", g.op("Constant", value=constant), outputs=["h"])
+    out = g.op("If", "flag", then_branch=then, else_branch=other)
+    proto = g.model([out], {"x": (zoo.FLOAT, ("rows", zoo.K)), "flag": (zoo.BOOL, ())})
+    feeds = zoo.feeds(proto)
+    expected = run(proto, feeds)[out]
+    source = tmp_path / "in" / "m.onnx"
+    source.parent.mkdir()
+    onnx.save(proto, source, save_as_external_data=True, size_threshold=0, location="m.data", convert_attribute=True)
+    model_file.save(model_file.load(source), tmp_path / "copy.onnx", external=external)
+    (source.parent / "m.data").unlink()
+    np.testing.assert_array_equal(run(onnx.load(tmp_path / "copy.onnx"), feeds)[out], expected)
+
+
+def test_tensors_without_tofile_are_written(tmp_path: Path) -> None:
+    """The tensor protocol does not ask for it."""
+
+    class Plain:
+        name, doc_string, meta, metadata_props = "w", None, {}, {}
+        dtype, shape, size, nbytes = ir.DataType.FLOAT, ir.Shape([zoo.K, zoo.N]), zoo.K * zoo.N, zoo.K * zoo.N * 4
+        raw = None
+
+        def numpy(self) -> np.ndarray:
+            return np.full((zoo.K, zoo.N), 3, np.float32)
+
+        def tobytes(self) -> bytes:
+            return self.numpy().tobytes()
+
+        __array__ = __dlpack__ = __dlpack_device__ = numpy
+
+    model = zoo.model("matmul")
+    model.graph.initializers["onnx::1"].const_value = Plain()
+    model_file.save(model, tmp_path / "m.onnx", external=False)
+    assert (onnx.numpy_helper.to_array(onnx.load(tmp_path / "m.onnx").graph.initializer[0]) == 3).all()
+
+
+def test_model_that_the_ir_cannot_hold(tmp_path: Path) -> None:
+    proto = zoo.proto("matmul")
+    proto.graph.initializer[0].data_type = 99
+    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises(ModelError, match=r"m\.onnx is not a valid ONNX model \(.*\): export it again$") as caught:
+        model_file.load(tmp_path / "m.onnx")
+    assert "\n" not in str(caught.value)
+
+
 def test_bf16_and_strings_round_trip(tmp_path: Path) -> None:
     text = ir.StringTensor(np.array([b"a", b"bc"]), name="words")
     words = ir.Value(name="words", const_value=text, shape=ir.Shape([2]), type=ir.TensorType(ir.DataType.STRING))

@@ -204,6 +204,14 @@ def test_batch_norm_in_training_mode_is_refused() -> None:
         prepare(ir.from_proto(proto))
 
 
+def test_operators_that_are_gone_are_refused() -> None:
+    g = zoo.Graph("gone")
+    scales = g.constant(np.array([1, 1, 2, 2], np.float32))
+    model = ir.from_proto(g.model([g.op("Upsample", "x", scales, name="up")], X4, opset=13, ir_version=7))
+    with pytest.raises(ModelError, match=r"^Upsample \('up'\) of opset 13 has no form in opset 21: export the model with opset 21$"):
+        prepare(model)
+
+
 def test_group_norm_of_unknown_channels_is_refused() -> None:
     g = zoo.Graph("channels")
     y = g.op("GroupNormalization", "x", g.weight(2), g.weight(2), num_groups=2, name="gn")

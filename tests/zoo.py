@@ -47,15 +47,10 @@ class Graph:
         array = self.random.normal(mean, scale, shape)
         return self.constant(array.astype(NUMPY[dtype or self.dtype]), name)
 
-    def constant(self, array: npt.ArrayLike, name: str = "", *, data_type: int | None = None) -> str:
+    def constant(self, array: npt.ArrayLike, name: str = "") -> str:
         self._count += 1
         name = name or f"onnx::{self._count}"
-        array = np.asarray(array)
-        if data_type is None:
-            tensor = numpy_helper.from_array(array, name)
-        else:  # 4-bit types have no numpy twin that numpy_helper takes from plain int8
-            tensor = helper.make_tensor(name, data_type, array.shape, array.ravel())
-        self.initializers.append(tensor)
+        self.initializers.append(numpy_helper.from_array(np.asarray(array), name))
         return name
 
     def model(
@@ -288,6 +283,11 @@ def einsum_weight_first_transposed(g: Graph) -> onnx.ModelProto:
     return g.model([g.op("Einsum", g.weight(N, K), "x", equation="oh,...h->...o")])
 
 
+@case(left=("not a linear of two operands",))
+def einsum_of_one_operand(g: Graph) -> onnx.ModelProto:
+    return g.model([g.op("Einsum", "x", equation="bsh->bhs")])
+
+
 @case(left=("not a plain linear",))
 def einsum_to_heads(g: Graph) -> onnx.ModelProto:
     return g.model([g.op("Einsum", "x", g.weight(K, 4, 32), equation="bsh,hnd->bsnd")])
@@ -385,7 +385,7 @@ def dequantized_per_channel_uint8_transposed(g: Graph) -> onnx.ModelProto:
 
 @case(1)
 def dequantized_blocked_int4(g: Graph) -> onnx.ModelProto:
-    q = g.constant(g.random.integers(-8, 8, (K, N)), data_type=TensorProto.INT4)
+    q = g.constant(g.random.integers(-8, 8, (K, N)).astype(ml_dtypes.int4))
     scale = g.constant(g.random.uniform(0.05, 0.2, (K // 16, N)).astype(np.float32))
     return g.model([g.op("MatMul", "x", g.op("DequantizeLinear", q, scale, axis=0, block_size=16))])
 
@@ -510,6 +510,17 @@ def rms_norm_one_over_sqrt(g: Graph) -> onnx.ModelProto:
 def rms_norm_gain_first(g: Graph) -> onnx.ModelProto:
     root = g.op("Sqrt", g.op("ReduceMean", g.op("Mul", "x", "x"), _last_axis(g)))
     return g.model([_qk(g, g.op("Div", g.op("Mul", "x", _gamma(g)), root))])
+
+
+@case(2, norms=(True,))
+def rms_norm_gain_first_then_reciprocal_on_the_left(g: Graph) -> onnx.ModelProto:
+    root = g.op("Reciprocal", g.op("Sqrt", g.op("ReduceMean", g.op("Mul", "x", "x"), _last_axis(g))))
+    return g.model([_qk(g, g.op("Identity", g.op("Mul", root, g.op("Mul", "x", _gamma(g)))))])
+
+
+@case(2, norms=(False,))
+def gain_behind_an_operator_of_the_runtime(g: Graph) -> onnx.ModelProto:
+    return g.model([_qk(g, g.op("QuickGelu", g.op("Mul", "x", _gamma(g)), domain="com.microsoft"))])
 
 
 @case(2, norms=(True,))
