@@ -158,6 +158,8 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from fqonnx.report import format as words
+
     console.print(f"[bold]{escape(inspection.model)}[/bold]  opset {inspection.opset}")
     for name, text in inspection.inputs.items():
         console.print(f"  input {escape(name)}: {escape(text)}")
@@ -167,11 +169,11 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
     )
     table.add_column("count", justify="right")
     table.add_column("group", overflow="fold")
-    for heading in ("K", "N", "MB"):
+    for heading in ("K", "N", "weights"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("channel scale")
     for pattern, groups in _alike(inspection.groups).items():
-        sizes = f"{sum(g.float_bytes for g in groups) / 1e6:.1f} -> {sum(g.quantized_bytes for g in groups) / 1e6:.1f}"
+        sizes = f"{words.size(sum(g.float_bytes for g in groups))} -> {words.size(sum(g.quantized_bytes for g in groups))}"
         where = "in the norm" if groups[0].scale_folds_into_norm else "online"
         table.add_row(str(len(groups)), escape(pattern[0]), str(groups[0].in_features), str(groups[0].out_features), sizes, where)
     if inspection.groups:
@@ -192,6 +194,6 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
 
     size = inspection.size
     console.print(
-        f"{size.float_bytes / 1e6:.1f} MB -> {size.quantized_bytes / 1e6:.1f} MB ({size.ratio:.2f}x smaller); "
-        f"{inspection.quantized_share:.1%} of the weight multiplications quantized"
+        f"{words.size(size.float_bytes)} -> {words.size(size.quantized_bytes)} ({words.times(size.ratio)} smaller); "
+        f"{words.percent(inspection.quantized_share)} of the weight multiplications quantized"
     )
