@@ -101,7 +101,7 @@ def _language(report: Report) -> Group | None:
 
 
 def _groups(report: Report, width: int) -> Group | None:
-    groups = [group for group in report.worst_groups if group.error is not None][:WORST]
+    groups = [group for group in report.worst_groups if report.error_of(group) is not None][:WORST]
     if not groups:
         return None
     whole, has_room = any(group.layer is not None for group in groups), width >= 100

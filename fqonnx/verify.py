@@ -130,7 +130,7 @@ def verify(
         with progress.task("Comparing outputs", _length(source)) as task:
             for index, (feeds, results) in enumerate(_iterate(runners, source, a.inputs)):
                 expected, actual = (_arrays(result) for result in results)
-                for name, result in zip(seconds, results, strict=True):
+                for name, result in zip(("reference", "candidate"), results, strict=True):
                     seconds[name] += result.runtime or 0.0
                 if index == 0:
                     language = None if tokens is False else _Language.find(a.model, runners[0], feeds, expected)
@@ -144,7 +144,9 @@ def verify(
         reports = list(groups) or list(known.groups if known else ())
         if layers is not False:
             tapped, values = (a, dict(layers)) if isinstance(layers, Mapping) else _find_layers(a, b)
+            before = time.perf_counter()
             reports = _compare_layers((tapped, b), values, source, reports, device, workdir, progress, notes)
+            seconds["layers"] = time.perf_counter() - before
 
     outputs = comparison.reports()
     notes += [f"output {name!r} holds text and is not compared" for name in sorted(comparison.skipped)]

@@ -98,19 +98,40 @@ def test_a_missing_file_is_told_with_what_to_give(tmp_path):
         load_report(tmp_path / "report.json")
 
 
-def test_worst_groups_and_outputs():
-    groups = [
-        GroupReport(name="unmeasured"),
-        GroupReport(name="small", output_rel_l2=0.1),
-        GroupReport(name="broken", output_rel_l2=NAN),
-        GroupReport(name="in the model", output_rel_l2=0.01, layer=tensor_report(0.5)),
-    ]
+@pytest.mark.parametrize(
+    ("groups", "ranking", "order"),
+    [
+        ("a:.1:.3: b:.5:nan: c:.2:.4: d:.9::", "output", "b c a d"),
+        ("a:.1:.3:.2 b:.5:.5: c:.2:.4:.4", "layer", "c a b"),
+        ("a:.1:: b:.5:: c:.5::", "weights", "b c a"),
+        ("b::: a:::", None, "b a"),
+    ],
+)
+def test_groups_are_ranked_by_one_error(groups, ranking, order):
+    made = []
+    for word in groups.split():
+        name, *errors = word.split(":")
+        weights, output, layer = (float(e) if e else None for e in errors)
+        made.append(
+            GroupReport(name=name, weight_rel_l2=weights, output_rel_l2=output, layer=None if layer is None else tensor_report(layer))
+        )
+    report = realistic_report(groups=tuple(made))
+    assert report.ranking == ranking
+    assert " ".join(g.name for g in report.worst_groups) == order
+
+
+def test_the_worst_output_is_a_float():
     outputs = {"a": tensor_report(0.3), "ids": tensor_report(0.9, dtype="int64"), "b": tensor_report(0.4)}
-    report = realistic_report(groups=tuple(groups), outputs=outputs)
-    assert [g.name for g in report.worst_groups] == ["broken", "in the model", "small", "unmeasured"]
-    assert report.worst_output == "b"
+    assert realistic_report(outputs=outputs).worst_output == "b"
     assert realistic_report(outputs={**outputs, "c": tensor_report(NAN)}).worst_output == "c"
     assert realistic_report(outputs={}).worst_output is None
+
+
+def test_groups_without_activations_are_ranked_by_their_weights():
+    report = realistic_report(groups=(GroupReport(name="g.a", weight_rel_l2=0.1), GroupReport(name="g.b", weight_rel_l2=0.2)))
+    text = Page(render(report)).words
+    assert "nothing was measured on activations. g.b 20.0 % g.a 10.0 %" in text
+    assert re.search(rf"g\.b +{words.MISSING} +20\.0 %", printed(report))
 
 
 def test_of_a_group_and_its_solution():

@@ -296,7 +296,7 @@ def test_known_groups_keep_their_figures_and_their_order(tmp_path):
     report = verify(mlp(tmp_path / "a.onnx"), mlp(tmp_path / "b.onnx", w1=noisy(W1)), feeds(), layers=True, groups=known)
     assert [g.name for g in report.groups] == ["fc2", "other", "fc1"]
     assert (report.groups[0].transform, report.groups[0].output_rel_l2) == ("smooth", 0.5)
-    assert report.groups[0].layer.rel_l2 == report.groups[0].error != 0.5
+    assert report.groups[0].layer.rel_l2 == report.error_of(report.groups[0]) != 0.5
     assert report.groups[1].layer is None
 
 

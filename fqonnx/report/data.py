@@ -10,7 +10,7 @@ import json
 import math
 import types
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fqonnx.errors import ArtifactError
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 VERSION = 1
 """Version of the schema; a reader refuses a later one."""
 
-T = TypeVar("T")
+Ranking = Literal["layer", "output", "weights"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +131,6 @@ class GroupReport:
     profile_after: tuple[float, ...] | None = None
     seconds: float | None = None
     layer: TensorReport | None = None
-
-    @property
-    def error(self) -> float | None:
-        """What groups are ranked by: the error inside the whole model where it was measured, else the group's own; NaN is worst."""
-        return self.layer.rel_l2 if self.layer is not None else self.output_rel_l2
 
     @classmethod
     def from_solution(cls, group: LinearGroup, solution: GroupSolution, recipe: Recipe, layer: TensorReport | None = None) -> GroupReport:
@@ -258,15 +253,24 @@ class Report:
     version: int = VERSION
 
     @property
+    def ranking(self) -> Ranking | None:
+        """The error that groups are ranked by: the closest to the model's outputs that any group has; None where there is none.
+
+        ``layer`` is the output inside the whole candidate, ``output`` that of the group alone, ``weights`` the rounded weights alone.
+        """
+        kinds: tuple[Ranking, ...] = ("layer", "output", "weights")
+        return next((kind for kind in kinds if any(_error(group, kind) is not None for group in self.groups)), None)
+
+    def error_of(self, group: GroupReport) -> float | None:
+        """A group's error in the sense of ``ranking``; None where that was not measured for it."""
+        return None if self.ranking is None else _error(group, self.ranking)
+
+    @property
     def worst_groups(self) -> list[GroupReport]:
-        """Groups by falling error, NaN first, unmeasured last; equal ones in graph order."""
-
-        def badness(group: GroupReport) -> float:
-            if group.error is None:
-                return -1.0
-            return math.inf if math.isnan(group.error) else group.error
-
-        return sorted(self.groups, key=badness, reverse=True)
+        """Groups by falling ``error_of``, NaN first, unmeasured last; equal ones in graph order."""
+        errors = [self.error_of(group) for group in self.groups]
+        badness = [-1.0 if error is None else math.inf if math.isnan(error) else error for error in errors]
+        return [self.groups[i] for i in sorted(range(len(badness)), key=lambda i: -badness[i])]
 
     @property
     def worst_output(self) -> str | None:
@@ -293,6 +297,12 @@ class Report:
         decoded = _decode(cls, values, "report")
         assert isinstance(decoded, cls)
         return decoded
+
+
+def _error(group: GroupReport, kind: Ranking) -> float | None:
+    if kind == "layer":
+        return None if group.layer is None else group.layer.rel_l2
+    return group.output_rel_l2 if kind == "output" else group.weight_rel_l2
 
 
 def save_report(report: Report, path: Path) -> None:

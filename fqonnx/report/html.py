@@ -32,6 +32,7 @@ _STAGES = {
     "verify": "Verify",
     "reference": "Run the float model",
     "candidate": "Run the candidate",
+    "layers": "Compare layers",
 }
 NO_BREAK = "\N{NO-BREAK SPACE}"
 _PANEL = (240, 140)
@@ -227,39 +228,34 @@ def _data_words(report: Report) -> str:
     return escape(text + (f"; {data.note}" if data.note else "") + ".")
 
 
-def _measured(report: Report) -> list[GroupReport]:
-    return [group for group in report.worst_groups if group.error is not None]
+_RANKINGS = {
+    "layer": "Relative L2 error of a group's output inside the whole quantized model, what earlier groups did to its input included.",
+    "output": "Relative L2 error of a group's output for float input: each group alone.",
+    "weights": "Relative L2 error of a group's weights; nothing was measured on activations.",
+}
 
 
-def _scale(groups: Iterable[GroupReport]) -> float:
-    errors = [
-        e for g in groups for e in (g.error, g.output_rel_l2, g.weight_rel_l2, g.activation_rel_l2) if e is not None and math.isfinite(e)
-    ]
-    return max(errors, default=0.0) or 1.0
+def _largest(errors: Iterable[float | None]) -> float:
+    """The end of an axis: the largest finite error, 1 where there is none."""
+    return max((e for e in errors if e is not None and math.isfinite(e)), default=0.0) or 1.0
 
 
 def _worst_groups(report: Report) -> str:
-    groups = _measured(report)[:WORST]
-    if not groups:
+    errors = [(group, error) for group in report.worst_groups if (error := report.error_of(group)) is not None][:WORST]
+    if not errors or report.ranking is None:
         return ""
-    whole = any(group.layer is not None for group in groups)
-    largest = max((g.error for g in groups if g.error is not None and math.isfinite(g.error)), default=0.0) or 1.0
-    short = _short_names(report)
-    rows = []
-    for group in groups:
-        assert group.error is not None
-        bad = not math.isfinite(group.error)
-        share = 1.0 if bad else group.error / largest
-        rows.append(
-            f"<span class='mono' title='{escape(group.name)}'>{escape(short[group.name])}</span>"
-            + _bar(82 * share, words.percent(group.error), "bad" if bad else "error")
+    largest, short = _largest(error for _, error in errors), _short_names(report)
+    rows = [
+        f"<span class='mono' title='{escape(group.name)}'>{escape(short[group.name])}</span>"
+        + _bar(
+            82 * min(1.0, error / largest if math.isfinite(error) else 1.0),
+            words.percent(error),
+            "error" if math.isfinite(error) else "bad",
         )
-    if whole:
-        lead = "Relative L2 error of a group's output inside the whole quantized model, what earlier groups did to its input included."
-    else:
-        lead = "Relative L2 error of a group's output for float input: each group alone."
-    title = "Worst groups" if len(report.groups) > len(groups) else "Groups, worst first"
-    return _section(title, lead, f"<div class='bars'>{''.join(rows)}</div>", identifier="worst")
+        for group, error in errors
+    ]
+    title = "Worst groups" if len(report.groups) > len(errors) else "Groups, worst first"
+    return _section(title, _RANKINGS[report.ranking], f"<div class='bars'>{''.join(rows)}</div>", identifier="worst")
 
 
 def _bar(width: float, label: str, kind: str) -> str:
@@ -282,13 +278,14 @@ def _short_names(report: Report) -> dict[str, str]:
 def _groups(report: Report) -> str:
     if not report.groups:
         return ""
-    whole = any(group.layer is not None for group in report.groups)
+    whole = report.ranking == "layer"
     columns = ["Shape", "Bits", "In the model", "Alone", "Weights", "Activations", "Flatness before", "Flatness after", "Solved in"]
     if not whole:
         columns.remove("In the model")
-    scale = _scale(report.groups)
+    scale = _largest(e for g in report.groups for e in (_layer_error(g), g.output_rel_l2, g.weight_rel_l2, g.activation_rel_l2))
+    sorted_by = columns.index({"layer": "In the model", "output": "Alone"}.get(report.ranking or "", "Weights"))
     names = "".join(
-        f"<th scope='col' class='number'{' aria-sort=descending' if index == 2 else ''}><button type='button'>{c}</button></th>"
+        f"<th scope='col' class='number'{' aria-sort=descending' if index == sorted_by else ''}><button type='button'>{c}</button></th>"
         for index, c in enumerate(columns)
     )
     short = _short_names(report)
@@ -315,7 +312,7 @@ def _group_row(group: GroupReport, short: str, scale: float, *, whole: bool) -> 
         _sortable(_bits(group), group.weight_bits),
     ]
     if whole:
-        cells.append(_error_cell(group.layer.rel_l2 if group.layer else None, scale, ""))
+        cells.append(_error_cell(_layer_error(group), scale, ""))
     cells += [
         _error_cell(group.output_rel_l2, scale, ""),
         _error_cell(group.weight_rel_l2, scale, "weight"),
@@ -325,6 +322,10 @@ def _group_row(group: GroupReport, short: str, scale: float, *, whole: bool) -> 
         _sortable(None if group.seconds is None else words.duration(group.seconds), group.seconds),
     ]
     return f"<tr>{''.join(cells)}</tr>"
+
+
+def _layer_error(group: GroupReport) -> float | None:
+    return group.layer.rel_l2 if group.layer is not None else None
 
 
 def _breakable(name: str) -> str:
