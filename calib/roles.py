@@ -30,12 +30,26 @@ _MOVES: dict[str, tuple[int, ...] | None] = {
 """Operators whose outputs hold values of these inputs, moved but not changed; None is every input."""
 _COMPARES = frozenset({"And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "Or", "Xor"})
 _SCALES = frozenset({"Div", "Einsum", "MatMul", "Mul"})
-_MASK_SLOTS = {
-    "Attention": (3, 5), "MultiHeadAttention": (4, 5), "DecoderMaskedMultiHeadAttention": (4,), "EmbedLayerNormalization": (7,),
-    "PackedAttention": (3,), "LongformerAttention": (3,),
-}  # fmt: skip
-"""Inputs of attention operators that take masks (of the standard and of com.microsoft together: a slot too many does no harm)."""
-_ROTARY_TABLES = {"": ("RotaryEmbedding", 3, 1), "com.microsoft": ("RotaryEmbedding", 1, 2)}
+_CONTRIB = "com.microsoft"
+_SLOTS: dict[str, dict[tuple[str, str], tuple[int, ...]]] = {
+    "mask": {
+        ("", "Attention"): (3,),
+        (_CONTRIB, "Attention"): (3, 5),
+        (_CONTRIB, "DecoderMaskedMultiHeadAttention"): (3, 4),
+        (_CONTRIB, "EmbedLayerNormalization"): (7,),
+        (_CONTRIB, "GroupQueryAttention"): (10,),
+        (_CONTRIB, "MultiHeadAttention"): (4, 5),
+    },
+    "past": {
+        ("", "Attention"): (4, 5),
+        (_CONTRIB, "Attention"): (4,),
+        (_CONTRIB, "DecoderMaskedMultiHeadAttention"): (5, 6),
+        (_CONTRIB, "GroupQueryAttention"): (3, 4),
+        (_CONTRIB, "MultiHeadAttention"): (6, 7),
+    },
+}
+"""Inputs of attention operators, by domain and operator: masks and what is added to scores; keys and values of earlier tokens."""
+_ROTARY_TABLES = {"": ("RotaryEmbedding", 3, 1), _CONTRIB: ("RotaryEmbedding", 1, 2)}
 """Per domain: operator, slot of the position ids, slot of the table."""
 
 
@@ -107,7 +121,7 @@ def sequence_limit(model: ir.Model) -> int | None:
         limits.append(evidence.high)
     for node in model.graph.all_nodes():
         # The contrib operator makes positions itself, from the ids' shape.
-        if node.op_type == "EmbedLayerNormalization" and node.domain == "com.microsoft" and len(node.inputs) > 3:
+        if node.op_type == "EmbedLayerNormalization" and node.domain == _CONTRIB and len(node.inputs) > 3:
             rows = _size(node.inputs[3], 0)
             limits += [] if rows is None else [rows]
     return min(limits, default=None)
@@ -120,9 +134,9 @@ def _role(value: ir.Value, found: _Evidence) -> InputRole:
         return InputRole("flag" if not rank else "mask")
     if value.dtype in _INTEGERS:
         return _integer_role(name, found)
-    if "past" in name or "cache" in name or (rank == 4 and found.concatenated and "key" in name + "value"):
-        return InputRole("past" if found.concatenated or "past" in name else "floats")
-    if found.slots or ("mask" in name and found.adds and not found.masks):
+    if "past" in found.slots or (found.concatenated and rank is not None and rank >= 3 and ("past" in name or "cache" in name)):
+        return InputRole("past")
+    if "mask" in found.slots or ("mask" in name and found.adds and not found.masks):
         return InputRole("additive_mask")
     return InputRole("mask" if found.masks and "mask" in name else "floats")
 
@@ -220,8 +234,8 @@ class _Walk:
             found.masks = True
         elif op in ("Cos", "Sin"):
             found.rotary = True
-        elif index in _MASK_SLOTS.get(op, ()):
-            found.slots.add("mask")
+        else:
+            found.slots |= {kind for kind, slots in _SLOTS.items() if index in slots.get(_key(node), ())}
 
     @staticmethod
     def _scaled_step(node: ir.Node, index: int, offset: int, found: _Evidence) -> Iterator[tuple[ir.Value, int, bool]]:
@@ -239,7 +253,7 @@ class _Walk:
     @staticmethod
     def _looks_up(node: ir.Node, index: int, offset: int, found: _Evidence) -> bool:
         """Whether the node takes the value as an index; bounds it by the table's rows then."""
-        op, domain = node.op_type, "" if node.domain == "ai.onnx" else node.domain
+        domain, op = _key(node)
         table: ir.Value | None = None
         axis = 0
         if op in ("Gather", "GatherElements", "ScatterElements", "GatherBlockQuantized") and index == 1:
@@ -253,7 +267,7 @@ class _Walk:
             depth = _scalar(node.inputs[1])
             found.bound(None if depth is None else int(depth), offset)
             return True
-        elif op == "EmbedLayerNormalization" and domain == "com.microsoft" and index in (0, 1, 8):
+        elif op == "EmbedLayerNormalization" and domain == _CONTRIB and index in (0, 1, 8):
             table = node.inputs[{0: 2, 1: 4, 8: 3}[index]]
         elif op == "GroupQueryAttention" and index in (5, 6):
             found.slots.add("kv_lengths" if index == 5 else "kv_total")
@@ -284,6 +298,10 @@ class _Walk:
             for caller in callers:
                 if 0 <= place - skipped < len(caller.outputs):
                     yield caller.outputs[place - skipped]
+
+
+def _key(node: ir.Node) -> tuple[str, str]:
+    return "" if node.domain == "ai.onnx" else node.domain, node.op_type
 
 
 def bodies(node: ir.Node) -> Iterator[ir.Graph]:

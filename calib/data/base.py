@@ -129,7 +129,7 @@ class CheckedSource:
         if available is None or (not self._reader.rows and self._fixed):
             return None
         count = available if self._samples is None else min(available, self._samples)
-        if not self._reader.rows:
+        if not self._reader.rows or self._checker.takes_single(next(iter(self._reader), ("", {}))[1]):
             return count
         return count // self._fixed if self._fixed else -(-count // self._batch_size)
 
@@ -236,6 +236,10 @@ class _Checker:
             f"{self._source}, {label}, input {name!r}: {row[name].ndim} axes behind the samples' axis, the model wants "
             f"{_shown(self._inputs[name].shape)} with it: reshape the data"
         )
+
+    def takes_single(self, row: Feeds) -> bool:
+        """Whether the model takes rows as they are: it has no batch axis."""
+        return any(len(self._inputs[name].shape) == array.ndim for name, array in row.items() if name in self._inputs)
 
     def finish(self, label: str, feed: Feeds) -> None:
         """Derive what is missing, in place; then ranks, sizes and their agreement."""
