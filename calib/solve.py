@@ -48,12 +48,13 @@ class GroupTask:
     key: str
     recipe: dict[str, Any]
     seed: int
+    out_features: tuple[int, ...]
     device: str
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> GroupTask:
         """The task that ``asdict`` made these values of."""
-        return cls(**values)
+        return cls(**{**values, "out_features": tuple(values["out_features"])})
 
 
 class SolutionStore:
@@ -169,7 +170,9 @@ def run_task(task: GroupTask) -> None:
         arrays = files.read(Path(task.stats))
         stats = GroupStats(arrays["tokens"], arrays.get("hessian"), arrays["absmax"], int(arrays["count"]))
     weight = files.read(Path(task.weight))["weight"]
-    solution = solve_group(task.name, weight, stats, Recipe.from_dict(task.recipe), seed=task.seed, device=task.device)
+    solution = solve_group(
+        task.name, weight, stats, Recipe.from_dict(task.recipe), seed=task.seed, out_features=task.out_features, device=task.device
+    )
     arrays = {
         name: array
         for name in ("channel_scale", "left", "right", "codes", "scales", "profile_before", "profile_after")
@@ -214,6 +217,7 @@ class _Tasks:
             key=self._key,
             recipe=self._recipe.to_dict(),
             seed=_seed(self._recipe.seed, group.name),
+            out_features=tuple(linear.out_features for linear in group.linears),
             device=self._device,
         )
 

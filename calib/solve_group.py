@@ -24,7 +24,16 @@ HELD_OUT = 8
 PROFILE_POINTS = 256
 
 
-def solve_group(name: str, weight: Array, stats: GroupStats | None, recipe: Recipe, *, seed: int, device: str = "cpu") -> GroupSolution:
+def solve_group(
+    name: str,
+    weight: Array,
+    stats: GroupStats | None,
+    recipe: Recipe,
+    *,
+    seed: int,
+    out_features: tuple[int, ...] | None = None,
+    device: str = "cpu",
+) -> GroupSolution:
     """Quantize one group.
 
     Args:
@@ -33,6 +42,7 @@ def solve_group(name: str, weight: Array, stats: GroupStats | None, recipe: Reci
         stats: The input's statistics; None for a recipe that needs none, and then the figures that need activations are absent.
         recipe: What to do.
         seed: Seed of this group's random choices.
+        out_features: N of each linear in the stack; None is one linear.
         device: ``cpu`` or ``cuda``.
 
     Raises:
@@ -40,7 +50,7 @@ def solve_group(name: str, weight: Array, stats: GroupStats | None, recipe: Reci
     """
     start = time.perf_counter()
     try:
-        return _solve(name, weight, stats, recipe, seed, torch.device(device), start)
+        return _solve(name, weight, stats, recipe, seed, out_features, torch.device(device), start)
     except CalibrationError as error:
         raise CalibrationError(f"group {name!r}: {error}") from None
     except torch.cuda.OutOfMemoryError:
@@ -48,7 +58,14 @@ def solve_group(name: str, weight: Array, stats: GroupStats | None, recipe: Reci
 
 
 def _solve(
-    name: str, weight: Array, stats: GroupStats | None, recipe: Recipe, seed: int, device: torch.device, start: float
+    name: str,
+    weight: Array,
+    stats: GroupStats | None,
+    recipe: Recipe,
+    seed: int,
+    out_features: tuple[int, ...] | None,
+    device: torch.device,
+    start: float,
 ) -> GroupSolution:
     scheme = recipe.bits
     w = torch.from_numpy(weight).to(device)
@@ -64,6 +81,7 @@ def _solve(
         group_size=recipe.group_size,
         seed=seed,
         steps=recipe.steps,
+        out_features=out_features,
     )
     fitted = transform_named(recipe.transform).fit(problem)
     folded = moments.fold(fitted, w)

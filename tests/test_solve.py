@@ -133,7 +133,17 @@ def test_unknown_group_has_no_solution(tmp_path: Path) -> None:
 
 
 def test_worker_answers_every_task_and_survives_errors(tmp_path: Path) -> None:
-    task = {"name": "q", "weight": str(tmp_path / "w"), "stats": None, "result": "r", "key": "k", "recipe": {}, "seed": 0, "device": "cpu"}
+    task = {
+        "name": "q",
+        "weight": str(tmp_path / "w"),
+        "stats": None,
+        "result": "r",
+        "key": "k",
+        "recipe": {},
+        "seed": 0,
+        "out_features": [40],
+        "device": "cpu",
+    }
     lines = json.dumps(task) + "\n" + json.dumps(task) + "\n"
     done = subprocess.run([sys.executable, "-m", "fqonnx.calib.worker"], input=lines, capture_output=True, text=True, check=True)
     answers = [json.loads(line) for line in done.stdout.splitlines()]

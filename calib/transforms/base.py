@@ -23,6 +23,7 @@ class Problem:
         group_size: Weights along K that share a scale; 0 is per output channel.
         seed: Seed of this group's random choices.
         steps: Training steps of a learned transform; None takes the transform's default.
+        out_features: N of each linear in the stack; None is one linear.
     """
 
     weight: torch.Tensor
@@ -32,6 +33,7 @@ class Problem:
     group_size: int
     seed: int
     steps: int | None = None
+    out_features: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
