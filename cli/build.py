@@ -13,6 +13,9 @@ from fqonnx.errors import UsageError
 if TYPE_CHECKING:
     from pathlib import Path
 
+MAX_ERROR = 0.5
+"""Where nothing is asked for: far above what a good recipe costs, and below what a ruined model shows."""
+
 
 @click.command(cls=options.ShapesCommand)
 @click.argument("model", type=options.PATH)
@@ -35,9 +38,7 @@ if TYPE_CHECKING:
 @click.option(
     "--max-error",
     type=click.FloatRange(min=0),
-    default=0.5,
-    show_default=True,
-    help="Largest relative L2 error of an output on held-out data; above it the exit code is 1.",
+    help="Largest relative L2 error of an output on held-out data; above it the exit code is 1.  [default: 0.5; none for random inputs]",
 )
 @click.option("--resume", is_flag=True, help="Go on with a build that was interrupted.")
 @click.option("--force", is_flag=True, help="Replace an existing build directory.")
@@ -56,6 +57,7 @@ def build(
     opt_shapes: options.Shapes,
     max_shapes: options.Shapes,
     recipe_file: Path | None,
+    max_error: float | None,
     as_json: bool,
     quiet: bool,
     **choices: Any,
@@ -81,6 +83,7 @@ def build(
         random_calibration=random_calibration,
         engine=engine,
         profiles=profiles,
+        max_error=MAX_ERROR if max_error is None and not random_calibration else max_error,
         progress=terminal.progress(quiet),
         command=command,
         **{name: value for name, value in choices.items() if name not in recipe.to_dict()},

@@ -26,13 +26,16 @@ FAST = ("--transform", "none", "--weights", "rtn", "--scheme", "w8a8")
 """Choices that take no training and lose little, for tests that are about something else."""
 
 
-def write_mlp(path: Path, *, layers: int = 1, external: bool = False) -> Path:
-    """``x [batch, K] -> y [batch, K]``: per layer a linear with bias, Relu, and another linear."""
+def write_mlp(path: Path, *, layers: int = 1, external: bool = False, dead_channel: int | None = None) -> Path:
+    """``x [batch, K] -> y [batch, K]``: per layer a linear with bias, Relu, and another linear; they ignore ``dead_channel``."""
     rng = np.random.default_rng(0)
     nodes, constants, x = [], [], "x"
 
     def constant(name: str, *shape: int) -> str:
-        constants.append(numpy_helper.from_array((rng.normal(size=shape) / shape[0] ** 0.5).astype(np.float32), name))
+        values = (rng.normal(size=shape) / shape[0] ** 0.5).astype(np.float32)
+        if dead_channel is not None and len(shape) == 2:
+            values[dead_channel] = 0
+        constants.append(numpy_helper.from_array(values, name))
         return name
 
     for i in range(layers):

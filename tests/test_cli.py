@@ -350,7 +350,20 @@ def test_random_calibration_is_said_in_the_report(tmp_path: Path) -> None:
     )
     assert done.code == 0, done.stderr
     assert "random inputs" in done.stderr
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["language"] is None
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["language"] is None
+    assert report["max_error"] is None
+
+
+def test_a_ruined_model_fails_without_being_asked(tmp_path: Path) -> None:
+    """Data whose one large channel leaves nothing of the others in four bits."""
+    x = np.random.default_rng(0).normal(size=(20, K)).astype(np.float32)
+    x[:, 0] *= 1000
+    model = write_mlp(tmp_path / "mlp.onnx", dead_channel=0)
+    data = write_data(tmp_path / "data.npz", x=x)
+    done = run("build", model, "-o", tmp_path / "out", "--calib-data", data, "--transform", "none", "--weights", "rtn")
+    assert done.code == 1
+    assert "above the bound of 0.5" in done.stdout
 
 
 def test_quiet_build_prints_nothing(tmp_path: Path) -> None:
