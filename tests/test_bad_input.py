@@ -388,7 +388,8 @@ def start_build(folder: Path, out: Path, *more: str) -> subprocess.Popen[str]:
         text=True,
         env=environment(),
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs of a script inherit it ignored
+        # Background jobs of a script inherit the signal ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no other thread forks here
     )
 
 
