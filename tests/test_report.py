@@ -276,7 +276,7 @@ def test_the_page_is_well_formed_and_self_contained(report):
 
 def test_the_page_shows_the_figures():
     text = Page(render(realistic_report())).words
-    for figure in ("✓ Passed", "10.371", "float 9.76 (+6.22\u00a0%)", "12.3 %", "2.42", "2.47 GB → 1.02 GB", "56 linears", "9 min 33 s"):
+    for figure in ("✓ Passed", "10.371", "float 9.764 (+6.22\u00a0%)", "12.3 %", "2.42", "2.47 GB → 1.02 GB", "56 linears", "9 min 33 s"):
         assert figure in text
     for words_ in ("both operands are activations", "16 products", "4-bit weights 487 MB (47.7 %)", "fqonnx build llama-3.2-1b.onnx"):
         assert words_ in text

@@ -41,8 +41,8 @@ _PANEL = (240, 140)
 _PANEL_LEFT = 40
 """Where its lines start; tick labels stand left of it."""
 
-_FLOOR = 0.2
-"""Lowest magnitude drawn, times the median: what lies below cannot hurt a quantizer."""
+_FLOOR, _CEILING = 0.1, 0.5
+"""Where an axis may begin, times the median: at its smallest channel, but what is far below the median cannot hurt a quantizer."""
 
 
 def render(report: Report) -> str:
@@ -126,11 +126,10 @@ def _main_tile(report: Report) -> str:
     if language is not None:
         change = language.perplexity / language.perplexity_reference - 1 if language.perplexity_reference else math.nan
         sign = "+" if change >= 0 else ""
-        detail = f"float {words.plain(language.perplexity_reference)}"
+        detail = f"float {_perplexity(language.perplexity_reference)}"
         detail += f" ({sign}{words.percent(change)})" if math.isfinite(change) else ""
         detail += f" · same top token {words.percent(language.top1)} · {words.count(language.tokens)} tokens"
-        figure = f"{language.perplexity:.3f}" if math.isfinite(language.perplexity) else words.not_finite(language.perplexity)
-        return _tile("Perplexity", figure, detail, main=True, bad=not math.isfinite(language.perplexity))
+        return _tile("Perplexity", _perplexity(language.perplexity), detail, main=True, bad=not math.isfinite(language.perplexity))
     name = report.worst_output
     if name is not None:
         t = report.outputs[name]
@@ -140,6 +139,10 @@ def _main_tile(report: Report) -> str:
         name, t = min(report.outputs.items(), key=lambda item: item[1].exact)
         return _tile(f"Equal elements · {name}", words.percent(t.exact), "the model has no float outputs", main=True)
     return _tile("Accuracy", words.MISSING, "no outputs were compared", main=True)
+
+
+def _perplexity(value: float) -> str:
+    return words.fixed(value) if value < 1000 else words.plain(value)
 
 
 def _error_tile(report: Report) -> str:
@@ -408,10 +411,9 @@ def _flatness(report: Report) -> str:
     if not groups:
         return ""
     shown = groups[:WORST]
-    peaks = [p[0] for g in shown for p in (_normalised(g.profile_before), _normalised(g.profile_after)) if p]
-    top = max(10.0, 10.0 ** math.ceil(math.log10(max(peaks))))
+    axis = _axis([p for g in shown for p in (_normalised(g.profile_before), _normalised(g.profile_after)) if p])
     short = _short_names(report)
-    panels = "".join(_panel(group, short[group.name], top, first=index == 0) for index, group in enumerate(shown))
+    panels = "".join(_panel(group, short[group.name], axis, first=index == 0) for index, group in enumerate(shown))
     names = [str(entry["name"]) for entry in _normalised_profiles(report)]
     worst = names.index(shown[0].name)
     choices = "".join(
@@ -434,24 +436,26 @@ def _flatness(report: Report) -> str:
     return _section("Flatness before and after", lead, f"{legend}{explorer}{more}<div class='panels'>{panels}</div>", identifier="flatness")
 
 
-def _panel(group: GroupReport, short: str, top: float, *, first: bool) -> str:
+def _panel(group: GroupReport, short: str, axis: tuple[float, float], *, first: bool) -> str:
     width, height = _PANEL
     before, after = _normalised(group.profile_before), _normalised(group.profile_after)
     parts = []
-    for power in range(round(math.log10(top)) + 1):
-        y = _y(10.0**power, top)
+    for power in range(round(math.log10(axis[1])) + 1):
+        y = _y(10.0**power, axis)
         parts.append(f"<line class='{'grid' if power else 'one'}' x1='{_PANEL_LEFT}' x2='{width}' y1='{y:.1f}' y2='{y:.1f}'/>")
         parts.append(f"<text x='{_PANEL_LEFT - 5}' y='{y + 4:.1f}' text-anchor='end'>{10**power}\N{MULTIPLICATION SIGN}</text>")
     for side, profile in (("before", before), ("after", after)):
         if profile:
-            points = " ".join(f"{x:.1f},{_y(v, top):.1f}" for x, v in _thinned(profile, _PANEL_LEFT, width))
+            points = " ".join(f"{x:.1f},{_y(v, axis):.1f}" for x, v in _thinned(profile, _PANEL_LEFT, width))
             parts.append(f"<polyline class='{side}' points='{points}'/>")
     ends = [f"<span class='is-{side}'>{words.times(p[0])}</span>" for side, p in (("before", before), ("after", after)) if p]
     label = f"{group.name}: largest channel {' then '.join(words.times(p[0]) for p in (before, after) if p)} the median"
     name = f"<span class='mono' title='{escape(group.name)}'><bdi>{escape(short)}</bdi></span>"
     bottom = height - 3
-    axis = f"<text x='{_PANEL_LEFT}' y='{bottom}'>largest</text><text x='{width}' y='{bottom}' text-anchor='end'>smallest channel</text>"
-    parts.append(axis if first else "")
+    ends_of_x = (
+        f"<text x='{_PANEL_LEFT}' y='{bottom}'>largest</text><text x='{width}' y='{bottom}' text-anchor='end'>smallest channel</text>"
+    )
+    parts.append(ends_of_x if first else "")
     return (
         f"<figure class='panel' style='margin:0'>{name}"
         f"<svg viewBox='0 0 {width} {height}' role='img' aria-label='{escape(label)}'>{''.join(parts)}</svg>"
@@ -459,9 +463,15 @@ def _panel(group: GroupReport, short: str, top: float, *, first: bool) -> str:
     )
 
 
-def _y(value: float, top: float) -> float:
+def _axis(profiles: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Where the logarithmic axis of these profiles begins and ends; the median is always on it."""
+    top = 10.0 ** math.ceil(math.log10(max(p[0] for p in profiles)))
+    return min(_CEILING, max(_FLOOR, min(p[-1] for p in profiles))), max(10.0, top)
+
+
+def _y(value: float, axis: tuple[float, float]) -> float:
     height = _PANEL[1]
-    low, high = math.log10(_FLOOR), math.log10(top)
+    low, high = map(math.log10, axis)
     at = min(high, max(low, math.log10(max(value, 1e-30))))
     return 8 + (high - at) / (high - low) * (height - 8 - 18)
 

@@ -52,8 +52,10 @@ if (select) {
     shown = profiles[Number(select.value)];
     width = Math.max(280, chart.clientWidth); // one unit is one pixel: text keeps its size at every width
     chart.setAttribute("viewBox", `0 0 ${width} ${height}`);
-    const peak = Math.max(...[shown.before, shown.after].map((p) => (p ? p[0] : 1)));
-    const domain = [0.2, Math.max(10, 10 ** Math.ceil(Math.log10(peak)))];
+    const drawn = [shown.before, shown.after].filter(Boolean);
+    const peak = Math.max(...drawn.map((p) => p[0]));
+    const least = Math.min(...drawn.map((p) => p[p.length - 1]));
+    const domain = [Math.min(0.5, Math.max(0.1, least)), Math.max(10, 10 ** Math.ceil(Math.log10(peak)))];
     const parts = [];
     for (let tick = 1; tick <= domain[1] * 1.001; tick *= 10) {
       const at = y(tick, domain);
