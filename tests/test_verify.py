@@ -429,6 +429,25 @@ def test_streamed_runs_give_the_same_figures(tmp_path, monkeypatch):
     assert made == [1] * 10
 
 
+def test_a_streamed_runner_needs_no_prefetch(tmp_path):
+    model = load(mlp(tmp_path / "a.onnx"))
+    runner = module.StreamedRunner("s", module.StreamedModel(model, tmp_path), module.model_file.inputs(model), ["y"])
+    x = feeds(1)[0]["x"]
+    with runner:
+        np.testing.assert_allclose(runner.infer({"x": x})["y"], forward(x), rtol=1e-4, atol=1e-4)
+        assert runner.last_inference_time() > 0
+
+
+def test_external_data_of_two_folders_cannot_be_tapped(tmp_path):
+    models = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        models.append(load(mlp(tmp_path / name / "m.onnx", external=True)))
+    models[0].graph.initializers["w2"].const_value = models[1].graph.initializers["w2"].const_value
+    with pytest.raises(ModelError, match="external data lies in 2 folders: save it into one first"):
+        verify(models[0], models[1], feeds())
+
+
 def test_bfloat16_runs_in_float32(tmp_path):
     w = RNG.normal(size=(32, 40)).astype(ml_dtypes.bfloat16)
     nodes = [
