@@ -86,6 +86,8 @@ class _Evidence:
     rotary: bool = False
     concatenated: bool = False
     slots: set[str] = field(default_factory=set)
+    counts: bool = False
+    """The values followed are counts: a product with a mask of 0 and 1 keeps them below what they were."""
 
     def bound(self, rows: int | None, offset: int) -> None:
         self.looked_up = True
@@ -107,16 +109,28 @@ def input_roles(model: ir.Model) -> dict[str, InputRole]:
     return {value.name or "": _role(value, _Walk(model).evidence(value)) for value in inputs}
 
 
+def padding_mask(model: ir.Model) -> str | None:
+    """The input ``[batch, sequence]`` that is zero where a token is padding; None where there is none, or more than one."""
+    ranks = {value.name: len(value.shape) for value in model.graph.inputs if value.shape is not None}
+    found = [name for name, role in input_roles(model).items() if role.kind == "mask" and ranks.get(name) == 2]
+    return found[0] if len(found) == 1 else None
+
+
 def sequence_limit(model: ir.Model) -> int | None:
     """The longest sequence that tables of positions inside the graph allow; None where nothing in it does.
 
-    Sizes of inputs (``Shape``) are followed into ``Range`` and on to lookups, and into ends of ``Slice`` on constants.
+    Sizes of inputs (``Shape``) are followed into ``Range`` and on to lookups, and into ends of ``Slice`` on constants; running sums of
+    integers (``CumSum`` of a mask) likewise.
     """
     walk = _Walk(model)
-    evidence = _Evidence()
+    evidence = _Evidence(counts=True)
     limits: list[int] = []
     for value in _derived_from_shapes(model, limits):
         walk.follow(value, evidence)
+    for node in model.graph.all_nodes():
+        # A running sum counts from 1 on, where Range does from 0.
+        if node.op_type == "CumSum" and node.outputs[0].dtype in _INTEGERS:
+            walk.follow(node.outputs[0], evidence, offset=1)
     if evidence.high is not None:
         limits.append(evidence.high)
     for node in model.graph.all_nodes():
@@ -181,19 +195,19 @@ class _Walk:
         self.follow(value, found)
         return found
 
-    def follow(self, value: ir.Value, found: _Evidence) -> None:
-        """Add what is found on the way from ``value``."""
+    def follow(self, value: ir.Value, found: _Evidence, offset: int = 0) -> None:
+        """Add what is found on the way from ``value``, whose values are to be taken ``offset`` larger."""
         seen: set[tuple[ir.Value, int, bool]] = set()
-        todo = [(value, 0, False)]
+        todo = [(value, offset, False)]
         while todo:
             state = todo.pop()
             if state in seen:
                 continue
             seen.add(state)
-            current, offset, scaled = state
+            current, shift, scaled = state
             for node, index in current.uses():
-                todo += [(output, shift, flag) for output, shift, flag in self._step(node, index, offset, scaled=scaled, found=found)]
-            todo += [(output, offset, scaled) for output in self._leaving(current)]
+                todo += self._step(node, index, shift, scaled=scaled, found=found)
+            todo += [(output, shift, scaled) for output in self._leaving(current)]
 
     def _step(self, node: ir.Node, index: int, offset: int, *, scaled: bool, found: _Evidence) -> Iterator[tuple[ir.Value, int, bool]]:
         """What a node's outputs, or its bodies' inputs, hold of the value it reads at ``index``."""
@@ -229,7 +243,8 @@ class _Walk:
             elif float(constant).is_integer():
                 yield (node.outputs[0], offset + (int(constant) if op == "Add" else -int(constant)), False)
         elif op in _SCALES:
-            yield (node.outputs[0], 0, True)
+            masked = found.counts and op == "Mul" and _scalar(node.inputs[1 - index]) is None
+            yield (node.outputs[0], offset, False) if masked else (node.outputs[0], 0, True)
         elif op in ("CumSum", "ReduceSum", "ReduceMax", "ReduceMin"):
             found.masks = True
         elif op in ("Cos", "Sin"):

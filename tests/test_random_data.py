@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from fqonnx.calib.random_data import RandomSource
-from fqonnx.calib.roles import input_roles, sequence_limit
+from fqonnx.calib.roles import input_roles, padding_mask, sequence_limit
 from fqonnx.errors import DataError
 
 if TYPE_CHECKING:
@@ -231,6 +231,8 @@ def test_ids_segments_positions_and_masks_are_told_apart() -> None:
         "position_ids": ("positions", 512),
         "attention_mask": ("mask", None),
     }
+    assert padding_mask(model) == "attention_mask"
+    assert padding_mask(ir.from_proto(through_where(9))) is None
     feed = next(iter(RandomSource(model)))
     assert {array.shape for array in feed.values()} == {(1, 128)}
     assert feed["attention_mask"].all()
@@ -276,8 +278,31 @@ def sliced_positions(rows: int) -> onnx.ModelProto:
     return build(nodes, [ids()], weights)
 
 
+def summed_positions(rows: int) -> onnx.ModelProto:
+    """Positions as a running sum of ids that are no padding, times that mask, behind the padding's row, as RoBERTa does."""
+    nodes = [
+        node("Equal", ["tokens", "one"], ["is_pad"]),
+        node("Not", ["is_pad"], ["kept"]),
+        node("Cast", ["kept"], ["ones"], to=INT),
+        node("CumSum", ["ones", "one"], ["count"]),
+        node("Mul", ["count", "ones"], ["masked"]),
+        node("Add", ["masked", "one"], ["index"]),
+        node("Gather", ["places", "index"], ["p"]),
+        node("Gather", ["table", "tokens"], ["e"]),
+        node("Add", ["e", "p"], ["y"]),
+    ]
+    return build(nodes, [ids()], {"one": 1, "places": table(rows), "table": table(50)})
+
+
 @pytest.mark.parametrize(
-    ("proto", "limit"), [(inner_positions(33), 33), (inner_positions(33, 2), 31), (sliced_positions(20), 20), (through_where(9), None)]
+    ("proto", "limit"),
+    [
+        (summed_positions(33), 31),
+        (inner_positions(33), 33),
+        (inner_positions(33, 2), 31),
+        (sliced_positions(20), 20),
+        (through_where(9), None),
+    ],
 )
 def test_positions_inside_the_graph_limit_the_sequence(proto: onnx.ModelProto, limit: int | None) -> None:
     model = ir.from_proto(proto)
