@@ -49,6 +49,9 @@ Model = str | Path | ir.Model
 SESSION_BYTES = 1 << 30
 """Weights, as ONNX Runtime's CPU provider holds them, above which a model runs segment by segment instead of in one session."""
 
+SEGMENT_BYTES = 256 << 20
+"""Weights of one such segment: small, since the other model stays in memory beside it."""
+
 TAP_BYTES = 256 << 20
 """Layer outputs of one model that a single pass over the data holds at once; more of them take more passes."""
 
@@ -343,7 +346,7 @@ class _Side:
         """A runner that gives ``outputs``, which may be any values of the main graph."""
         # ONNX Runtime has too few bfloat16 kernels on the CPU, and cannot hand bfloat16 to numpy.
         if self._bfloat16 or (device == "cpu" and _runtime_bytes(self.model) > SESSION_BYTES):
-            return StreamedRunner(name, StreamedModel(self.model, workdir), self.inputs, outputs)
+            return StreamedRunner(name, StreamedModel(self.model, workdir, max_bytes=SEGMENT_BYTES), self.inputs, outputs)
         if self.path is not None and list(outputs) == self.outputs:
             return OnnxrtRunner(session(self.path, device=device), name=name)
         proto, folder = _with_outputs(self.model, outputs)
