@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from fqonnx.calib.transforms.base import FittedTransform
 
 
+SHRINK = 5
+"""Tokens per channel at which half of the correlation between rounding errors is believed."""
+
+
 def forward(fitted: FittedTransform, x: torch.Tensor) -> torch.Tensor:
     """``(x / channel_scale) · (left ⊗ right)`` of ``x`` ``[.., K]``."""
     if fitted.channel_scale is not None:
@@ -41,8 +45,10 @@ def input_moments(fitted: FittedTransform, tokens: torch.Tensor, hessian: torch.
     """``E[t̂ᵀ t̂]`` and ``E[tᵀ t̂]`` of the transformed input ``t`` and its quantized form ``t̂``, each fp32 ``[K, K]``.
 
     With ``e = t̂ - t`` both are ``E[tᵀ t]`` plus moments of ``e``. The first term comes exactly from ``hessian``, which covers every
-    row seen; only the small terms in ``e`` are estimated on ``tokens``. The estimate's error shrinks with the rounding error, where
-    estimating the whole moment on the tokens would leave a matrix of rank ``T``.
+    row seen; only the small terms in ``e`` are estimated on ``tokens``. What a channel's own error does to it needs few tokens; how the
+    errors of two channels go together needs many times K, and least squares would follow the noise. So their off-diagonal entries
+    are shrunk by ``T² / (T² + (5 K)²)``. Perplexity of a small Llama at W4A4 (K = 512 and 1,536; three seeds): without correction
+    5.055; corrected without shrinking 5.048 at T = 16,384, 5.070 at 7,168, 5.165 at 2,048; by diagonals alone 5.058 at 2,048.
 
     Args:
         fitted: The transform.
@@ -57,8 +63,14 @@ def input_moments(fitted: FittedTransform, tokens: torch.Tensor, hessian: torch.
         return exact, exact
     t = forward(fitted, tokens)
     error = quantize_input(t, bits, fitted.clip) - t
-    cross = t.mT @ error / t.shape[0]
-    return exact + cross + cross.mT + error.mT @ error / t.shape[0], exact + cross
+    share = t.shape[0] ** 2 / (t.shape[0] ** 2 + (SHRINK * t.shape[1]) ** 2)
+    cross = _shrunk(t.mT @ error / t.shape[0], share)
+    noise = _shrunk(error.mT @ error / t.shape[0], share)
+    return exact + cross + cross.mT + noise, exact + cross
+
+
+def _shrunk(moment: torch.Tensor, share: float) -> torch.Tensor:
+    return share * moment + (1 - share) * torch.diag(moment.diagonal())
 
 
 def corrected_weight(weight: torch.Tensor, quantized: torch.Tensor, cross: torch.Tensor, damping: float = 0.01) -> torch.Tensor:

@@ -31,6 +31,9 @@ Array = npt.NDArray[np.float32]
 
 logger = logging.getLogger(__name__)
 
+RESERVOIR_BYTES = 256 << 20
+"""Bytes of one group's reservoir at most: 16,384 rows up to 4,096 channels, 4,681 rows of 14,336."""
+
 DEFAULT_MEMORY_BUDGET = 2 << 30
 """Bytes of statistics in memory at a time."""
 
@@ -46,7 +49,7 @@ def observe(
     workdir: Path,
     needs_tokens: bool = True,
     needs_hessian: bool = True,
-    reservoir_tokens: int = 4096,
+    reservoir_tokens: int = 16384,
     seed: int = 0,
     mask: str | None = None,
     progress: Progress | None = None,
@@ -72,7 +75,7 @@ def observe(
         workdir: Folder of the statistics (``stats/``) and of values that wait on disk.
         needs_tokens: Keep a reservoir of rows; else ``GroupStats.tokens`` is ``[0, K]``.
         needs_hessian: Keep ``mean(xᵀ x)``; else it is None.
-        reservoir_tokens: Rows of the reservoir.
+        reservoir_tokens: Rows of the reservoir at most; a wide group keeps fewer, as many as ``RESERVOIR_BYTES`` hold.
         seed: Seed of the reservoir.
         mask: An input ``[batch, sequence]``; rows of inputs ``[batch, sequence, K]`` where it is zero are padding and do not count.
         progress: Where to tell how far it is.
@@ -103,8 +106,9 @@ def observe(
     for group in missing:
         by_input.setdefault(group.input.name or "", []).append(group)
     hessian_rows = _BLOCK_ROWS if needs_hessian else 0
-    tokens = reservoir_tokens if needs_tokens else 0
-    costs = {name: len(g) * _cost(g[0].in_features, tokens, hessian=needs_hessian) for name, g in by_input.items()}
+    limit = reservoir_tokens if needs_tokens else 0
+    tokens = {name: min(limit, RESERVOIR_BYTES // (4 * g[0].in_features)) for name, g in by_input.items()}
+    costs = {name: len(g) * _cost(g[0].in_features, tokens[name], hessian=needs_hessian) for name, g in by_input.items()}
 
     def split(taps: Sequence[str]) -> Iterator[Sequence[str]]:
         return _split(taps, costs, memory_budget)
@@ -116,7 +120,7 @@ def observe(
     with (progress or Silent()).task("Observing activations", total) as task:
         inputs = () if mask is None else (mask,)
         for wave in streamed.waves(source, segments, wanted=by_input, inputs=inputs, split=split, on_sample=task.advance):
-            running = {group.name: _Running(group, tokens, hessian_rows, seed) for name in wave.taps for group in by_input[name]}
+            running = {group.name: _Running(group, tokens[name], hessian_rows, seed) for name in wave.taps for group in by_input[name]}
             for sample, values in wave:
                 rows_mask = None if mask is None else values[mask]
                 for name in wave.taps:

@@ -15,7 +15,6 @@ from fqonnx.calib.transforms.hadamard import hadamard
 from fqonnx.calib.transforms.smooth import channel_scale
 from fqonnx.errors import CalibrationError
 
-
 POWER_TOKENS = 4096
 """Tokens that the magnitude of a linear's output is measured on."""
 
@@ -153,4 +152,4 @@ def _inverse_power(problem: Problem, tokens: torch.Tensor) -> torch.Tensor:
     """One over the mean square of each linear's output, ``[N]``: the sum is of relative errors, or a loud q would silence its v."""
     power = (tokens[:POWER_TOKENS] @ problem.weight.mT).square().mean(0)
     sizes = problem.out_features or (len(power),)
-    return torch.cat([part.mean().clamp_min(1e-30).reciprocal().expand(len(part)) for part in power.split(list(sizes))])
+    return torch.cat([part.mean().clamp_min(1e-30).reciprocal().expand(len(part)) for part in torch.split(power, list(sizes))])
