@@ -14,6 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from fqonnx.calib.solution import GroupStats
+from fqonnx.calib.stores import StatsStore
 from fqonnx.calib.stream import DEFAULT_LIVE_BYTES, DEFAULT_SEGMENT_BYTES, StreamedModel
 from fqonnx.errors import CalibrationError
 from fqonnx.progress import Silent
@@ -130,79 +131,6 @@ def observe(
             for name in list(running):
                 store.save(name, running.pop(name).finish())
     return store
-
-
-class StatsStore:
-    """Statistics of groups, one file each: a file is there whole or not at all, and says itself what it was computed from.
-
-    Args:
-        folder: The folder of the files; made where missing.
-        names: The groups' names in order.
-        key: Digest of all that the statistics depend on; files of another key do not count as there.
-    """
-
-    def __init__(self, folder: Path, names: Sequence[str], key: str) -> None:
-        self._folder = folder
-        self._key = key
-        self._files = {name: folder / f"{index:04d}.safetensors" for index, name in enumerate(names)}
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def has(self, name: str) -> bool:
-        """Whether the group's statistics are there, for this key and readable."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(self._files[name], framework="numpy") as file:
-                metadata = json.loads((file.metadata() or {}).get("fqonnx", "{}"))
-        except (FileNotFoundError, SafetensorError):
-            return False
-        return bool(metadata.get("key") == self._key and metadata.get("group") == name)
-
-    def load(self, name: str) -> GroupStats:
-        """Read one group's statistics; nothing is kept.
-
-        Raises:
-            CalibrationError: They are not there, or of other data.
-        """
-        from safetensors import safe_open
-
-        if name not in self._files or not self.has(name):
-            raise CalibrationError(f"group {name!r} has no statistics: run the calibration again")
-        with safe_open(self._files[name], framework="numpy") as file:
-            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping: it has no __iter__
-        return GroupStats(arrays["tokens"], arrays.get("hessian"), arrays["absmax"], int(arrays["count"][()]))
-
-    def save(self, name: str, stats: GroupStats) -> None:
-        """Write one group's statistics so that a kill or a power cut at any moment leaves the old file or the new one."""
-        from safetensors.numpy import save_file
-
-        arrays: dict[str, npt.NDArray[Any]] = {
-            "tokens": stats.tokens,
-            "absmax": stats.absmax,
-            "count": np.array(stats.count, np.int64),
-        }
-        if stats.hessian is not None:
-            arrays["hessian"] = stats.hessian
-        path = self._files[name]
-        partial = path.with_suffix(".partial")
-        save_file(arrays, partial, {"fqonnx": json.dumps({"key": self._key, "group": name}, sort_keys=True)})
-        _sync(partial)
-        partial.replace(path)
-        _sync(path.parent)
-
-    def path(self, name: str) -> Path:
-        """Where the group's statistics are, or will be."""
-        return self._files[name]
-
-    def drop(self, name: str) -> None:
-        """Delete one group's file once nobody needs it: a Hessian takes ``4 K²`` bytes of disk."""
-        self._files[name].unlink(missing_ok=True)
 
 
 class _Running:
@@ -392,11 +320,3 @@ def _versions() -> dict[str, str]:
     import onnxruntime as ort
 
     return {"onnxruntime": ort.__version__, "torch": version("torch"), "numpy": np.__version__}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 Array = npt.NDArray[np.float32]
 
@@ -25,6 +29,16 @@ class GroupStats:
     hessian: Array | None
     absmax: Array
     count: int
+
+    def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Everything as arrays, for a file; ``from_arrays`` reads them back."""
+        arrays: dict[str, npt.NDArray[Any]] = {"tokens": self.tokens, "absmax": self.absmax, "count": np.array([self.count])}
+        return arrays if self.hessian is None else arrays | {"hessian": self.hessian}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> GroupStats:
+        """The statistics that ``to_arrays`` took apart."""
+        return cls(arrays["tokens"], arrays.get("hessian"), arrays["absmax"], int(arrays["count"][0]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,3 +69,31 @@ class GroupSolution:
     metrics: dict[str, float] = field(default_factory=dict)
     profile_before: Array | None = None
     profile_after: Array | None = None
+
+    def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Everything but name and metrics as arrays, for a file; ``from_arrays`` reads them back."""
+        optional = {
+            "channel_scale": self.channel_scale,
+            "left": self.left,
+            "right": self.right,
+            "profile_before": self.profile_before,
+            "profile_after": self.profile_after,
+        }
+        arrays = {name: array for name, array in optional.items() if array is not None}
+        return {**arrays, "clip": np.array([self.clip]), "codes": self.codes, "scales": self.scales}
+
+    @classmethod
+    def from_arrays(cls, group: str, arrays: Mapping[str, npt.NDArray[Any]], metrics: dict[str, float]) -> GroupSolution:
+        """The solution that ``to_arrays`` took apart."""
+        return cls(
+            group=group,
+            channel_scale=arrays.get("channel_scale"),
+            left=arrays.get("left"),
+            right=arrays.get("right"),
+            clip=float(arrays["clip"][0]),
+            codes=arrays["codes"],
+            scales=arrays["scales"],
+            metrics=metrics,
+            profile_before=arrays.get("profile_before"),
+            profile_after=arrays.get("profile_after"),
+        )

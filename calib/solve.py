@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -17,12 +18,12 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from safetensors.numpy import save_file
 
-from fqonnx.calib import files
+from fqonnx.calib import stores
 from fqonnx.calib.registry import transform_named, weight_quantizer_named
-from fqonnx.calib.solution import GroupSolution, GroupStats
+from fqonnx.calib.solution import GroupStats
+from fqonnx.calib.stores import SolutionStore
 from fqonnx.errors import CalibrationError
 from fqonnx.progress import Silent
 from fqonnx.recipe import Recipe
@@ -30,7 +31,8 @@ from fqonnx.recipe import Recipe
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from fqonnx.calib.observe import StatsStore
+    from fqonnx.calib.solution import GroupSolution
+    from fqonnx.calib.stores import StatsStore
     from fqonnx.passes.groups import LinearGroup
     from fqonnx.progress import Progress
 
@@ -49,57 +51,11 @@ class GroupTask:
     recipe: dict[str, Any]
     seed: int
     out_features: tuple[int, ...]
-    device: str
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> GroupTask:
         """The task that ``asdict`` made these values of."""
         return cls(**{**values, "out_features": tuple(values["out_features"])})
-
-
-class SolutionStore:
-    """Solutions of groups, one file each; calling it with a group's name reads that solution from disk.
-
-    Args:
-        folder: The folder of the files; made where missing.
-        names: The groups' names in order.
-        key: Digest of all that the solutions depend on; files of another key do not count as there.
-    """
-
-    def __init__(self, folder: Path, names: Sequence[str], key: str) -> None:
-        self._key = key
-        self._files = {name: folder / f"{index:04d}.safetensors" for index, name in enumerate(names)}
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def path(self, name: str) -> Path:
-        """Where the group's solution is, or will be."""
-        return self._files[name]
-
-    def has(self, name: str) -> bool:
-        """Whether the group's solution is there, for this key."""
-        return files.read_metadata(self._files[name]).get("key") == self._key
-
-    def __call__(self, name: str) -> GroupSolution:
-        """Read one solution; nothing is kept.
-
-        Raises:
-            CalibrationError: It is not there.
-        """
-        if name not in self._files or not self.has(name):
-            raise CalibrationError(f"group {name!r} has no solution: run the build again")
-        arrays = files.read(self._files[name])
-        return GroupSolution(
-            group=name,
-            channel_scale=arrays.get("channel_scale"),
-            left=arrays.get("left"),
-            right=arrays.get("right"),
-            clip=float(arrays["clip"][0]),
-            codes=arrays["codes"],
-            scales=arrays["scales"],
-            metrics=files.read_metadata(self._files[name])["metrics"],
-            profile_before=arrays.get("profile_before"),
-            profile_after=arrays.get("profile_after"),
-        )
 
 
 def solve(
@@ -126,7 +82,7 @@ def solve(
         workdir: Folder of the solutions (``groups/``).
         fingerprint: Digest of the model and the data; solutions of another one are not reused.
         device: ``cpu`` or ``cuda``.
-        jobs: Processes; None takes one per core on the CPU and one on CUDA.
+        jobs: Processes on the CPU; None takes one per core.
         progress: Where to tell how far it is.
 
     Returns:
@@ -142,44 +98,46 @@ def solve(
     if len(missing) < len(groups):
         logger.info("%d of %d groups were solved before", len(groups) - len(missing), len(groups))
     heavy = transform_named(recipe.transform).needs_tokens or weight_quantizer_named(recipe.weights).needs_hessian
-    jobs = 1 if device != "cpu" or not heavy else min(jobs or len(os.sched_getaffinity(0)), len(missing))
-    # The widest first, so that no process is left alone with a long one at the end.
-    missing.sort(key=lambda group: -group.in_features * group.out_features)
-    tasks = _Tasks(missing, stats, recipe, store, key, workdir, device)
     with (progress or Silent()).task("Solving groups", len(missing)) as task:
-        if heavy and device == "cpu":
-            _solve_in_processes(tasks, jobs, task.advance)
+        if heavy and device == "cpu" and missing:
+            # The widest first, so that no process is left alone with a long one at the end.
+            missing.sort(key=lambda group: -group.in_features * group.out_features)
+            tasks = _Tasks(missing, stats, recipe, store, key, workdir)
+            _solve_in_processes(tasks, min(jobs or len(os.sched_getaffinity(0)), len(missing)), task.advance)
         else:
-            while (one := tasks.take()) is not None:
-                run_task(one)
-                tasks.done(one)
+            for group in missing:
+                store.save(_solve_here(group, stats, recipe, device))
                 task.advance()
     return store
 
 
+def _solve_here(group: LinearGroup, stats: StatsStore | None, recipe: Recipe, device: str) -> GroupSolution:
+    from fqonnx.calib.solve_group import solve_group
+
+    return solve_group(
+        group.name,
+        group.read_weights(),
+        None if stats is None else stats.load(group.name),
+        recipe,
+        seed=_seed(recipe.seed, group.name),
+        out_features=tuple(linear.out_features for linear in group.linears),
+        device=device,
+    )
+
+
 def run_task(task: GroupTask) -> None:
-    """Solve one group and write its solution, whole or not at all.
+    """Solve one group on the CPU and write its solution, whole or not at all.
 
     Raises:
         CalibrationError: The group cannot be solved.
+        OSError: A file cannot be read or written.
     """
     from fqonnx.calib.solve_group import solve_group
 
-    stats = None
-    if task.stats is not None:
-        arrays = files.read(Path(task.stats))
-        stats = GroupStats(arrays["tokens"], arrays.get("hessian"), arrays["absmax"], int(arrays["count"]))
-    weight = files.read(Path(task.weight))["weight"]
-    solution = solve_group(
-        task.name, weight, stats, Recipe.from_dict(task.recipe), seed=task.seed, out_features=task.out_features, device=task.device
-    )
-    arrays = {
-        name: array
-        for name in ("channel_scale", "left", "right", "codes", "scales", "profile_before", "profile_after")
-        if (array := getattr(solution, name)) is not None
-    }
-    arrays["clip"] = np.array([solution.clip])
-    files.write(Path(task.result), arrays, {"key": task.key, "group": task.name, "metrics": solution.metrics})
+    stats = None if task.stats is None else GroupStats.from_arrays(stores.read(Path(task.stats)))
+    weight = stores.read(Path(task.weight))["weight"]
+    solution = solve_group(task.name, weight, stats, Recipe.from_dict(task.recipe), seed=task.seed, out_features=task.out_features)
+    stores.write(Path(task.result), solution.to_arrays(), {"key": task.key, "group": task.name, "metrics": solution.metrics})
 
 
 class _Tasks:
@@ -193,10 +151,9 @@ class _Tasks:
         store: SolutionStore,
         key: str,
         workdir: Path,
-        device: str,
     ) -> None:
         self._groups = deque(groups)
-        self._stats, self._recipe, self._store, self._key, self._device = stats, recipe, store, key, device
+        self._stats, self._recipe, self._store, self._key = stats, recipe, store, key
         self._folder = workdir / "weights"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()  # weights are read by one thread at a time: memory, and the model's files are not thread-safe
@@ -218,7 +175,6 @@ class _Tasks:
             recipe=self._recipe.to_dict(),
             seed=_seed(self._recipe.seed, group.name),
             out_features=tuple(linear.out_features for linear in group.linears),
-            device=self._device,
         )
 
     def done(self, task: GroupTask) -> None:
@@ -285,9 +241,10 @@ class _Worker:
         except (BrokenPipeError, ValueError):
             line = ""
         if not line:
-            raise CalibrationError(
-                f"group {task.name!r}: its process ended with code {self._process.wait()}: most likely out of memory; go on with --resume"
-            )
+            code = self._process.wait()
+            if code == -signal.SIGKILL:
+                raise CalibrationError(f"group {task.name!r}: its process was killed, most likely for lack of memory: go on with --resume")
+            raise RuntimeError(f"group {task.name!r}: its process ended with code {code}")  # a bug: its traceback is on standard error
         answer = json.loads(line)
         if "error" in answer:
             raise CalibrationError(answer["error"])

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from fqonnx.durable import sync
 from fqonnx.errors import ArtifactError
 from fqonnx.recipe import Recipe
 
@@ -202,8 +203,8 @@ class Workspace:
     def commit(self) -> None:
         """Flush ``files`` to the disk and rename it to ``out``, replacing an older build where that was allowed."""
         for path in sorted(self.files.rglob("*")):
-            _fsync(path)
-        _fsync(self.files)
+            sync(path)
+        sync(self.files)
         replaced = self.root / "replaced"
         if self.out.exists():
             self.out.rename(replaced)
@@ -213,7 +214,7 @@ class Workspace:
             if replaced.exists():
                 replaced.rename(self.out)
             raise
-        _fsync(self.out.parent)
+        sync(self.out.parent)
         self._committed = True
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -354,14 +355,6 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _short(value: object) -> str:

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from fqonnx.calib.data import Source
-    from fqonnx.calib.observe import StatsStore
     from fqonnx.calib.solution import GroupSolution
+    from fqonnx.calib.stores import StatsStore
     from fqonnx.passes.groups import LinearGroup, Linears
     from fqonnx.progress import Progress
 

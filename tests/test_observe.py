@@ -285,7 +285,7 @@ def test_a_damaged_file_is_made_again(tmp_path: Path) -> None:
     path = store.path("up_proj")
     path.write_bytes(path.read_bytes()[:100])
     assert not store.has("up_proj")
-    with pytest.raises(CalibrationError, match="group 'up_proj' has no statistics: run the calibration again"):
+    with pytest.raises(CalibrationError, match="group 'up_proj' has no statistics: run the build again"):
         store.load("up_proj")
     source = Listed(samples())
     again, _ = run(tmp_path, source)

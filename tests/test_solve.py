@@ -9,11 +9,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from fqonnx.calib import files
-from fqonnx.calib.observe import StatsStore
+from fqonnx.calib import stores
 from fqonnx.calib.solution import GroupStats
-from fqonnx.calib.solve import SolutionStore, solve
+from fqonnx.calib.solve import solve
 from fqonnx.calib.solve_group import solve_group
+from fqonnx.calib.stores import SolutionStore, StatsStore
 from fqonnx.errors import CalibrationError
 from fqonnx.passes.groups import Linear, LinearGroup
 from fqonnx.recipe import Recipe
@@ -53,7 +53,7 @@ GROUPS = [group(index) for index in range(3)]
 
 
 def arrays(store: SolutionStore) -> dict[str, np.ndarray]:
-    return {f"{g.name}/{key}": value for g in GROUPS for key, value in files.read(store.path(g.name)).items()}
+    return {f"{g.name}/{key}": value for g in GROUPS for key, value in stores.read(store.path(g.name)).items()}
 
 
 def same(one: SolutionStore, two: SolutionStore) -> bool:
@@ -107,10 +107,19 @@ def test_error_in_a_worker_reaches_the_caller_in_one_line(tmp_path: Path, stats:
         solve([bad, *GROUPS[1:]], stats, RECIPE, workdir=tmp_path, fingerprint="f", jobs=2)
 
 
-def test_a_worker_that_dies_is_an_error(tmp_path: Path, stats: StatsStore, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("death", "error", "message"),
+    [
+        ("os.kill(os.getpid(), 9)", CalibrationError, "was killed, most likely for lack of memory: go on with --resume"),
+        ("os._exit(3)", RuntimeError, "ended with code 3"),
+    ],
+)
+def test_a_worker_that_dies_is_an_error(
+    tmp_path: Path, stats: StatsStore, monkeypatch: pytest.MonkeyPatch, death: str, error: type[Exception], message: str
+) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    (tmp_path / "sitecustomize.py").write_text("import os, sys\nif 'fqonnx.calib.worker' in sys.orig_argv: os._exit(9)\n")
-    with pytest.raises(CalibrationError, match=r"its process ended with code 9: most likely out of memory"):
+    (tmp_path / "sitecustomize.py").write_text(f"import os, sys\nif 'fqonnx.calib.worker' in sys.orig_argv: {death}\n")
+    with pytest.raises(error, match=message):
         solve(GROUPS, stats, RECIPE, workdir=tmp_path, fingerprint="f", jobs=2)
 
 
@@ -142,7 +151,6 @@ def test_worker_answers_every_task_and_survives_errors(tmp_path: Path) -> None:
         "recipe": {},
         "seed": 0,
         "out_features": [40],
-        "device": "cpu",
     }
     lines = json.dumps(task) + "\n" + json.dumps(task) + "\n"
     done = subprocess.run([sys.executable, "-m", "fqonnx.calib.worker"], input=lines, capture_output=True, text=True, check=True)
