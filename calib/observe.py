@@ -111,6 +111,8 @@ def observe(
     tokens = {name: min(limit, RESERVOIR_BYTES // (4 * g[0].in_features)) for name, g in by_input.items()}
     costs = {name: len(g) * _cost(g[0].in_features, tokens[name], hessian=needs_hessian) for name, g in by_input.items()}
 
+    few: list[tuple[str, int, int]] = []
+
     def split(taps: Sequence[str]) -> Iterator[Sequence[str]]:
         return _split(taps, costs, memory_budget)
 
@@ -129,7 +131,21 @@ def observe(
                     for group in by_input[name]:
                         running[group.name].add(rows, sample)
             for name in list(running):
-                store.save(name, running.pop(name).finish())
+                gathered = running.pop(name).finish()
+                store.save(name, gathered)
+                if gathered.count < len(gathered.absmax):
+                    few.append((name, gathered.count, len(gathered.absmax)))
+    if few:
+        name, rows, channels = max(few, key=lambda group: group[2] / max(group[1], 1))
+        logger.warning(
+            "%d of %d groups saw fewer rows than they have channels, the worst is %r (%d rows, %d channels): what is learned from so few "
+            "does not hold on other data; give more samples, or --transform hadamard --weights rtn, which learn nothing",
+            len(few),
+            len(groups),
+            name,
+            rows,
+            channels,
+        )
     return store
 
 

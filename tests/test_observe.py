@@ -228,6 +228,14 @@ def test_only_what_is_needed_is_kept(tmp_path: Path) -> None:
     assert stats.count == 125
 
 
+def test_fewer_rows_than_channels_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(tmp_path / "many", Listed(samples((K, 1))))
+    assert not caplog.records
+    _, groups = run(tmp_path / "few", Listed(samples((K - 1,))))
+    assert f"{len(groups)} of {len(groups)} groups saw fewer rows than they have channels" in caplog.text
+    assert f"({K - 1} rows, {K} channels)" in caplog.text
+
+
 def test_masked_rows_do_not_count(tmp_path: Path) -> None:
     feeds = samples((6, 4))
     feeds[0]["mask"][0, 4:] = 0
