@@ -324,19 +324,19 @@ def perplexity(model: Path, tokens: Array, *, windows: int = 64, length: int = 1
     if not path.is_file():
         raise ModelError(f"no such file: {path}: give a .onnx file or a build directory")
     opened = session(path)
-    inputs = {item.name for item in opened.get_inputs()}
-    if "input_ids" not in inputs or "logits" not in {item.name for item in opened.get_outputs()}:
+    inputs, outputs = ({item.name: item.shape for item in items} for items in (opened.get_inputs(), opened.get_outputs()))
+    if "input_ids" not in inputs or "logits" not in outputs:
         raise ModelError(f"{path} is no language model with input_ids and logits: export one with `{Path(__file__).name} export`")
+    highest, vocabulary = int(tokens[: windows * length].max()), outputs["logits"][-1]
+    if isinstance(vocabulary, int) and highest >= vocabulary:
+        raise DataError(f"token {highest} is outside the vocabulary of {vocabulary}: these are not tokens of this model")
     constant = {"attention_mask": np.ones((1, length), np.int64), "position_ids": np.arange(length)[None]}
     feeds = {**{name: array for name, array in constant.items() if name in inputs}, **_no_past(opened, batch=1)}
     measure = Perplexity()
     with (progress or Silent()).task("Perplexity", windows) as task:
         for window in tokens[: windows * length].reshape(windows, 1, length).astype(np.int64):
             logits = run(opened, {**feeds, "input_ids": window}, ["logits"])["logits"]
-            try:
-                measure.update(logits, window)
-            except ValueError as error:
-                raise DataError(f"{error}: these are not tokens of this model") from None
+            measure.update(logits, window)
             task.advance()
     return measure.value
 
@@ -356,12 +356,12 @@ def read_tokens(spec: str) -> Array:
         if isinstance(loaded, np.ndarray):
             tokens = loaded
         else:
-            keys = list(loaded)
-            if not name and len(keys) == 1:
-                key = keys[0]
-            if key not in keys or not (name or len(keys) == 1):
-                raise DataError(f"{path} holds {', '.join(keys) or 'nothing'}: name one, as in {path}:{keys[0] if keys else 'KEY'}")
-            tokens = loaded[key]
+            with loaded:
+                keys = list(loaded)
+                wanted = key if name else keys[0] if len(keys) == 1 else None
+                if wanted not in keys:
+                    raise DataError(f"{path} holds {', '.join(keys) or 'nothing'}: name one, as in {path}:{keys[0] if keys else 'KEY'}")
+                tokens = loaded[wanted]
     except (ValueError, OSError, EOFError) as error:
         raise DataError(f"{path} is not a numpy file of plain arrays ({' '.join(str(error).split())}): write it with np.save") from None
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
