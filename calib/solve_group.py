@@ -91,7 +91,7 @@ def _solve(
         if stats is None or stats.hessian is None or training is None:
             raise CalibrationError(f"--weights {recipe.weights} needs calibration statistics: give calibration data")
         hessian, cross = moments.input_moments(fitted, training, torch.from_numpy(stats.hessian).to(device), scheme.activation_bits)
-        target = moments.corrected_weight(folded, hessian, cross)
+        target = moments.corrected_weight(folded, hessian, cross, moments.damping(stats.count, w.shape[1]))
     codes, scales = quantizer.quantize(
         target, bits=scheme.weight_bits, group_size=recipe.group_size, hessian=hessian, clip=fitted.weight_clip
     )

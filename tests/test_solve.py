@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 
-from fqonnx.calib import stores
+from fqonnx.calib import moments, stores
 from fqonnx.calib.solution import GroupStats
 from fqonnx.calib.solve import solve
 from fqonnx.calib.solve_group import solve_group
 from fqonnx.calib.stores import SolutionStore, StatsStore
+from fqonnx.calib.transforms.base import FittedTransform
 from fqonnx.errors import CalibrationError
 from fqonnx.passes.groups import Linear, LinearGroup
 from fqonnx.recipe import Recipe
@@ -163,3 +165,35 @@ def test_worker_answers_every_task_and_survives_errors(tmp_path: Path) -> None:
 def test_few_tokens_are_enough(tokens: int) -> None:
     solution = solve_group("q", weights(0), statistics(0, tokens), Recipe(steps=4), seed=0)
     assert np.isfinite(solution.metrics["output_rel_l2"])
+
+
+@pytest.mark.parametrize("rows", [8, 64, 128, 256, 1024])
+def test_gptq_is_not_worse_than_plain_rounding_however_few_the_rows(rows: int) -> None:
+    """On rows that calibration did not see, and of channels that go together: as many rows as channels are the hardest case."""
+    k = 128
+    rng = np.random.default_rng(rows)
+    mix = np.linalg.qr(rng.standard_normal((k, k)))[0] * (np.arange(k) + 1.0) ** -0.7
+    x, unseen = ((rng.standard_normal((t, k)) @ mix.T).astype(np.float32) for t in (rows, 2000))
+    stats = GroupStats(x, x.T @ x / rows, np.abs(x).max(0), rows)
+    weight = weights(rows, 64, k)
+    errors = {}
+    for name in ("rtn", "gptq"):
+        solution = solve_group("q", weight, stats, Recipe(transform="hadamard", weights=name), seed=0)
+        fitted = FittedTransform(left=torch.from_numpy(solution.left), right=torch.from_numpy(solution.right), clip=solution.clip)
+        seen = moments.quantize_input(moments.forward(fitted, torch.from_numpy(unseen)), 4, solution.clip).numpy()
+        errors[name] = np.linalg.norm(seen @ (solution.codes * solution.scales).T - unseen @ weight.T)
+    assert errors["gptq"] < errors["rtn"]
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.6])
+@pytest.mark.parametrize("rows", [4, 60, 96, 500])
+def test_moments_of_the_quantized_input_are_those_of_some_input(rows: int, clip: float) -> None:
+    """Positive semidefinite, with the measured moments of each single channel."""
+    k = 96
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, 8, generator=generator) @ torch.randn(8, k, generator=generator)
+    quantized, cross = moments.input_moments(FittedTransform(clip=clip), x, x.mT @ x / rows, 4)
+    rounded = moments.quantize_input(x, 4, clip)
+    torch.testing.assert_close(quantized.diagonal(), rounded.square().mean(0), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(cross.diagonal(), (x * rounded).mean(0), rtol=1e-3, atol=1e-3)
+    assert float(torch.linalg.eigvalsh(quantized.double())[0]) > -1e-3 * float(quantized.diagonal().mean())
