@@ -46,7 +46,7 @@ def solve_group(
         device: ``cpu`` or ``cuda``.
 
     Raises:
-        CalibrationError: Weights or statistics hold NaN or Inf, or statistics that the recipe needs are missing.
+        CalibrationError: Weights or statistics hold NaN or Inf, statistics that the recipe needs are missing, or memory is out.
     """
     start = time.perf_counter()
     try:
@@ -55,6 +55,10 @@ def solve_group(
         raise CalibrationError(f"group {name!r}: {error}") from None
     except torch.cuda.OutOfMemoryError:
         raise CalibrationError(f"group {name!r}: the GPU is out of memory: use --device cpu or a smaller --calib-samples") from None
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # torch has no type for it on the CPU
+            raise
+        raise CalibrationError(f"group {name!r}: out of memory: use a machine with more, or leave the group in float with --keep") from None
 
 
 def _solve(

@@ -111,7 +111,8 @@ def write(path: Path, arrays: Mapping[str, npt.NDArray[Any]], metadata: Mapping[
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    partial = path.with_suffix(".partial")
+    # A name of our own: the worker of a build that was killed may still be writing this group when a resumed build does.
+    partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
         save_file(
             {name: np.ascontiguousarray(array) for name, array in arrays.items()},

@@ -35,7 +35,7 @@ def _answer(task: dict[str, Any]) -> dict[str, Any]:
     except FqonnxError as error:
         return {"error": str(error)}
     except MemoryError:
-        return {"error": f"group {task['name']!r}: out of memory: use fewer --calib-samples or a machine with more"}
+        return {"error": f"group {task['name']!r}: out of memory: use a machine with more, or leave the group in float with --keep"}
     except OSError as error:
         return {"error": f"group {task['name']!r}: {error.strerror or error}: {error.filename or Path.cwd()}"}
     return {}

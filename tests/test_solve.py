@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -197,3 +198,32 @@ def test_moments_of_the_quantized_input_are_those_of_some_input(rows: int, clip:
     torch.testing.assert_close(quantized.diagonal(), rounded.square().mean(0), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(cross.diagonal(), (x * rounded).mean(0), rtol=1e-3, atol=1e-3)
     assert float(torch.linalg.eigvalsh(quantized.double())[0]) > -1e-3 * float(quantized.diagonal().mean())
+
+
+def test_memory_that_runs_out_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "fold", lambda *_: torch.empty(1 << 50))
+    with pytest.raises(CalibrationError, match="group 'q': out of memory: use a machine with more"):
+        solve_group("q", weights(0), None, Recipe(transform="none", weights="rtn"), seed=0)
+
+
+def test_other_failures_of_torch_are_not_taken_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "fold", lambda _, weight: weight.reshape(7, 7))
+    with pytest.raises(RuntimeError, match="invalid for input"):
+        solve_group("q", weights(0), None, Recipe(transform="none", weights="rtn"), seed=0)
+
+
+def test_two_processes_that_write_one_group_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker of a build that was killed, and the resumed build."""
+    path, sync = tmp_path / "0000.safetensors", stores.sync
+
+    def another_is_done_first(file: Path) -> None:
+        monkeypatch.setattr(stores, "sync", sync)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "getpid", lambda: -1)
+            stores.write(path, {"a": np.zeros(1)}, {})
+        sync(file)
+
+    monkeypatch.setattr(stores, "sync", another_is_done_first)
+    stores.write(path, {"a": np.ones(1)}, {})
+    assert stores.read(path)["a"] == 1
+    assert list(tmp_path.iterdir()) == [path]
