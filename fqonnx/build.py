@@ -132,9 +132,9 @@ def build(
             {
                 "fqonnx": version("fqonnx"),
                 "model": float_model.fingerprint,
-                "recipe": recipe.to_dict(),
                 "data": data.calibration.fingerprint,
                 "device": device,
+                **{f"--{name.replace('_', '-')}": value for name, value in recipe.to_dict().items()},
             }
         )
         workspace.require_space(float_model.disk_needed(recipe))

@@ -425,7 +425,7 @@ def test_an_interrupted_build_says_how_to_go_on(
     assert not out.exists()
 
     refused(run(*trained(folder, out, "-q")), "continue it with --resume, or start over with --force")
-    refused(run(*trained(folder, out, "-q", "--resume", "--seed", "1")), "was started with recipe")
+    refused(run(*trained(folder, out, "-q", "--resume", "--seed", "1")), "was started with --seed 0, this one with 1: ")
     if number == signal.SIGINT:
         resume(folder, out)
 
