@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def solve(
 
     On the CPU, groups that train or need a Hessian are solved by ``jobs`` processes of one thread each, which on small matrices is
     nearly ``jobs`` times as fast as one process of ``jobs`` threads, and makes the result independent of ``jobs``. Memory: each process
-    holds one group's weights, statistics and about four more copies of the weights.
+    holds one group, most of it in fp64 matrices of ``[K, K]``; see ``_memory``.
 
     Args:
         groups: What to solve.
@@ -82,7 +83,7 @@ def solve(
         workdir: Folder of the solutions (``groups/``).
         fingerprint: Digest of the model and the data; solutions of another one are not reused.
         device: ``cpu`` or ``cuda``.
-        jobs: Processes on the CPU; None takes one per core.
+        jobs: Processes on the CPU; None takes one per core, or as many as find room in memory.
         progress: Where to tell how far it is.
 
     Returns:
@@ -103,12 +104,52 @@ def solve(
             # The widest first, so that no process is left alone with a long one at the end.
             missing.sort(key=lambda group: -group.in_features * group.out_features)
             tasks = _Tasks(missing, stats, recipe, store, key, workdir)
-            _solve_in_processes(tasks, min(jobs or len(os.sched_getaffinity(0)), len(missing)), task.advance)
+            _solve_in_processes(tasks, min(jobs or _processes(missing, stats), len(missing)), task.advance)
         else:
             for group in missing:
                 store.save(_solve_here(group, stats, recipe, device))
                 task.advance()
     return store
+
+
+def _processes(groups: Sequence[LinearGroup], stats: StatsStore | None) -> int:
+    """One process per core, or fewer where that many of the largest group do not fit in memory."""
+    cores = len(os.sched_getaffinity(0))
+    largest, available = max(_memory(group, stats) for group in groups), _available_memory()
+    room = max(available // largest, 1)
+    if room < min(cores, len(groups)):
+        logger.info("%d processes, not %d: a group takes up to %.1f of %.1f GB", room, cores, largest / 1e9, available / 1e9)
+    return min(cores, room)
+
+
+_PROCESS_BYTES = 512 << 20
+"""Of a process that has loaded torch, whichever build of it."""
+
+
+def _memory(group: LinearGroup, stats: StatsStore | None) -> int:
+    """Peak resident bytes of the process that solves a group with FlatQuant and GPTQ, which take the most: measured, rounded up."""
+    square, weight = group.in_features**2, group.in_features * group.out_features
+    tokens = 0 if stats is None else max(stats.path(group.name).stat().st_size - 4 * square, 0)
+    return _PROCESS_BYTES + 90 * square + 65 * weight + 8 * tokens
+
+
+def _available_memory() -> int:
+    """Bytes that this process and those it starts may still take, by the machine and by the container's limit (cgroup v2)."""
+    available = 1024 * _number(Path("/proc/meminfo"), r"MemAvailable:\s+(\d+)", default=1 << 40)
+    group = Path("/sys/fs/cgroup")
+    limit = _number(group / "memory.max", r"(\d+)", default=0)
+    if limit:
+        used = _number(group / "memory.current", r"(\d+)", default=0) - _number(group / "memory.stat", r"(?m)^file (\d+)", default=0)
+        available = min(available, limit - used)  # cached files make room
+    return available
+
+
+def _number(path: Path, pattern: str, *, default: int) -> int:
+    try:
+        found = re.search(pattern, path.read_text())
+    except OSError:
+        return default
+    return int(found[1]) if found else default
 
 
 def _solve_here(group: LinearGroup, stats: StatsStore | None, recipe: Recipe, device: str) -> GroupSolution:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fqonnx.calib import moments, stores
+from fqonnx.calib import solve as solve_module
 from fqonnx.calib.solution import GroupStats
 from fqonnx.calib.solve import solve
 from fqonnx.calib.solve_group import solve_group
@@ -227,3 +228,48 @@ def test_two_processes_that_write_one_group_do_not_meet(tmp_path: Path, monkeypa
     stores.write(path, {"a": np.ones(1)}, {})
     assert stores.read(path)["a"] == 1
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("processes", "jobs", "expected"), [(3, None, 3), (1.5, None, 1), (0.1, None, 1), (1, 2, 2), (100, None, 3)])
+def test_no_more_processes_than_find_room(
+    stats: StatsStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: float, jobs: int | None, expected: int
+) -> None:
+    """On eight cores, three groups, and memory for so many ``processes``."""
+    started = []
+    largest = max(solve_module._memory(g, stats) for g in GROUPS)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(solve_module, "_available_memory", lambda: int(processes * largest))
+    monkeypatch.setattr(solve_module, "_solve_in_processes", lambda _tasks, number, _advance: started.append(number))
+    solve(GROUPS, stats, RECIPE, workdir=tmp_path, fingerprint="f", jobs=jobs)
+    assert started == [expected]
+
+
+def test_what_a_group_takes_is_not_more_than_said(tmp_path: Path) -> None:
+    k, n, rows = 768, 256, 2048
+    value = ir.Value(name="x")
+    wide = LinearGroup("g", value, (Linear("g", value, value, (), n, k, lambda: weights(0, n, k)),))
+    store = StatsStore(tmp_path, ["g"], "key")
+    store.save("g", statistics(0, rows, k))
+    program = (
+        "import resource, sys, numpy as np, torch\nfrom fqonnx.calib.solve_group import solve_group\n"
+        "from fqonnx.calib import stores\nfrom fqonnx.calib.solution import GroupStats\nfrom fqonnx.recipe import Recipe\n"
+        "from pathlib import Path\ntorch.set_num_threads(1)\n"
+        "def peak(): return int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) * 1024\n"
+        "small = GroupStats(np.ones((9, 8), np.float32), np.eye(8, dtype=np.float32), np.ones(8, np.float32), 9)\n"
+        "solve_group('warm', np.ones((8, 8), np.float32), small, Recipe(steps=1), seed=0)\nbefore = peak()\n"
+        f"stats = GroupStats.from_arrays(stores.read(Path({str(store.path('g'))!r})))\n"
+        f"solve_group('g', np.random.default_rng(0).standard_normal(({n}, {k}), np.float32), stats, Recipe(steps=2), seed=0)\n"
+        "print(before, peak() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loaded, taken = map(int, done.stdout.split())
+    assert loaded < solve_module._PROCESS_BYTES
+    assert 0.3 < taken / (solve_module._memory(wide, store) - solve_module._PROCESS_BYTES) < 1
+
+
+def test_available_memory_is_that_of_the_machine_or_of_the_container(tmp_path: Path) -> None:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < solve_module._available_memory() < total
+    (tmp_path / "stat").write_text("anon 5\nfile 7\nfile_mapped 9\n")
+    assert solve_module._number(tmp_path / "stat", r"(?m)^file (\d+)", default=0) == 7
+    assert solve_module._number(tmp_path / "none", r"(\d+)", default=3) == 3
