@@ -136,14 +136,14 @@ def observe(
                 if gathered.count < len(gathered.absmax):
                     few.append((name, gathered.count, len(gathered.absmax)))
     if few:
-        name, rows, channels = max(few, key=lambda group: group[2] / max(group[1], 1))
+        name, seen, channels = max(few, key=lambda group: group[2] / max(group[1], 1))
         logger.warning(
             "%d of %d groups saw fewer rows than they have channels, the worst is %r (%d rows, %d channels): what is learned from so few "
             "does not hold on other data; give more samples, or --transform hadamard --weights rtn, which learn nothing",
             len(few),
             len(groups),
             name,
-            rows,
+            seen,
             channels,
         )
     return store

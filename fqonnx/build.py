@@ -399,9 +399,8 @@ def _observe(float_model: _FloatModel, data: _Data, recipe: Recipe, workdir: Pat
     if not (needs_tokens or needs_hessian):
         return None
     from fqonnx.calib.observe import observe
-    from fqonnx.calib.roles import input_roles
+    from fqonnx.calib.roles import padding_mask
 
-    masks = (name for name, role in input_roles(float_model.model).items() if role.kind == "mask")
     return observe(
         float_model.model,
         float_model.found.groups,
@@ -410,7 +409,7 @@ def _observe(float_model: _FloatModel, data: _Data, recipe: Recipe, workdir: Pat
         needs_tokens=True,
         needs_hessian=needs_hessian,
         seed=recipe.seed,
-        mask=next(masks, None),
+        mask=padding_mask(float_model.model),
         progress=progress,
     )
 

@@ -1,0 +1,71 @@
+"""How ``fqonnx.build`` puts the parts together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from fqonnx.build import build
+from fqonnx.recipe import Recipe
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+K = 32
+
+
+def write_attention(path: Path) -> Path:
+    """``x [batch, seq, K] -> y``, attention over itself and a linear; one mask for pairs of tokens, one for padding."""
+    rng = np.random.default_rng(0)
+    constants = {
+        "w": rng.normal(size=(K, K)).astype(np.float32) / K**0.5,
+        "low": np.float32(-1e9),
+        "none": np.float32(0),
+        "axis": np.array([1]),
+        "no": np.array(0),
+    }
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["xt"], perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["x", "xt"], ["scores"], name="scores"),
+        helper.make_node("Where", ["pairs", "scores", "low"], ["paired"]),
+        helper.make_node("Unsqueeze", ["attention_mask", "axis"], ["row"]),
+        helper.make_node("Equal", ["row", "no"], ["padding"]),
+        helper.make_node("Where", ["padding", "low", "none"], ["bias"]),
+        helper.make_node("Add", ["paired", "bias"], ["masked"]),
+        helper.make_node("Softmax", ["masked"], ["share"]),
+        helper.make_node("MatMul", ["share", "x"], ["context"], name="context"),
+        helper.make_node("Add", ["context", "x"], ["h"]),
+        helper.make_node("MatMul", ["h", "w"], ["y"], name="linear"),
+    ]
+    inputs = [
+        helper.make_tensor_value_info("pairs", TensorProto.BOOL, ["batch", "seq", "seq"]),
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "seq", K]),
+        helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "seq"]),
+    ]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "seq", K])]
+    tensors = [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()]
+    graph = helper.make_graph(nodes, "attention", inputs, outputs, tensors)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def test_padding_does_not_count_in_calibration(tmp_path: Path) -> None:
+    """Whatever stands in padded rows; the other mask, which comes first, is not taken for the one of padding."""
+    model = write_attention(tmp_path / "m.onnx")
+    x = np.random.default_rng(1).normal(size=(20, 8, K)).astype(np.float32)
+    mask = (np.arange(8) < np.arange(1, 21)[:, None] % 8 + 1).astype(np.int64)
+    records = []
+    for padding in (0, 30):
+        np.savez(
+            tmp_path / "d.npz",
+            x=np.where(mask[..., None] != 0, x, np.float32(padding)),
+            attention_mask=mask,
+            pairs=np.ones((20, 8, 8), bool),
+        )
+        out = tmp_path / f"out{padding}"
+        build(model, out, recipe=Recipe(transform="smooth", scheme="w8a8"), calib_data=str(tmp_path / "d.npz"))
+        records.append((out / "calibration.safetensors").read_bytes())
+    assert records[0] == records[1]
