@@ -84,10 +84,11 @@ def offline() -> None:
     """Keep transformers off the network and quiet; call it before transformers is imported."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging as transformers_logging
+    import transformers
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    log: Any = transformers.logging  # untyped
+    log.set_verbosity_error()
+    log.disable_progress_bar()
 
 
 @contextmanager

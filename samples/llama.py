@@ -121,9 +121,8 @@ def _load(folder: Path, dtype: str) -> Any:
     try:
         # Eager attention is MatMul, Add, Softmax, MatMul. Exported from scaled_dot_product_attention the same model has a fifth more
         # nodes (scales on both operands, NaN guards) and is more than four times slower in ONNX Runtime on a CPU.
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), attn_implementation="eager", local_files_only=True
-        ).eval()
+        loader: Any = AutoModelForCausalLM  # untyped in part
+        model = loader.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="eager", local_files_only=True).eval()
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{folder} is no causal language model that transformers reads ({reason}): check its files") from None
@@ -201,14 +200,15 @@ def _with_past(model: Any) -> tuple[Any, ...]:
             position_ids: torch.Tensor,
             past_key_values: list[list[torch.Tensor]],
         ) -> tuple[torch.Tensor, ...]:
-            cache = DynamicCache()
+            cache, layers = DynamicCache(), []
             for keys, values in past_key_values:
                 # Filled by hand: `update` of an empty layer would put a Concat with an empty tensor into the graph. Every layer keeps
                 # all keys, those with a sliding window too; the mask does the rest.
-                layer = DynamicLayer()
+                layer = DynamicLayer()  # type: ignore[no-untyped-call]
                 layer.keys, layer.values = keys, values
                 layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
-                cache.layers.append(layer)
+                layers.append(layer)
+            cache.layers[:] = layers
             queries = input_ids.shape[1]
             hidden = self.model(
                 input_ids=input_ids,
@@ -217,7 +217,7 @@ def _with_past(model: Any) -> tuple[Any, ...]:
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
-            present = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+            present = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
             return (self.lm_head(hidden), *present)
 
     batch, length, seen = 2, 5, 3

@@ -162,7 +162,7 @@ def write_feeds(feeds: Sequence[Feeds], folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for index, feed in enumerate(feeds):
-        np.savez(folder / f"{index:04}.npz", **feed)
+        np.savez(folder / f"{index:04}.npz", **feed)  # type: ignore[arg-type]  # none is named allow_pickle
 
 
 def mean_pool(hidden: Array, mask: Array) -> Array:
@@ -283,19 +283,19 @@ class Demo:
 
     def flatquant(self) -> Row:
         """The build that all this is about."""
-        return self.build("fqonnx FlatQuant + GPTQ", "flatquant", self._recipe)
+        return self.build("W4A4 FlatQuant + GPTQ", "flatquant", self._recipe)
 
     def baselines(self) -> None:
         """What else one could do."""
-        for method, transform in (("plain round to nearest", "none"), ("random Hadamard, round to nearest", "hadamard")):
+        for method, transform in (("W4A4 plain rounding", "none"), ("W4A4 random Hadamard", "hadamard")):
             self.build(method, transform, replace(self._recipe, transform=transform, weights="rtn"))
         path = self._out / "int8.onnx"
         quantize_static_int8(self.model, path, self._calibration)
-        self._measure("ONNX Runtime static int8", "8/8", path)
+        self._measure("ORT static int8", "8/8", path)
         quantize_dynamic_int8(self.model, path, per_channel=False)
-        self._measure("ONNX Runtime dynamic int8", "8/8", path)
+        self._measure("ORT dynamic int8", "8/8", path)
         quantize_dynamic_int8(self.model, path, per_channel=True)
-        self._measure("ONNX Runtime dynamic int8, per channel", "8/8", path)
+        self._measure("ORT dynamic int8, per channel", "8/8", path)
         path.unlink()
 
     def _measure(self, method: str, bits: str, path: Path) -> Row:

@@ -268,19 +268,28 @@ def test_bad_tokens(tmp_path: Path, spec: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_llama_command_line(llama_folder: Path, tmp_path: Path) -> None:
-    np.save(tmp_path / "tokens.npy", np.arange(40) % VOCABULARY)
+def test_llama_command_line(
+    llama_folder: Path, llama_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["llama.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            llama.main()
+        return int(ended.value.code or 0)
+
     out = tmp_path / "model.onnx"
-    exported = script("llama.py", "export", llama_folder, out)
-    assert exported.returncode == 0, exported.stderr
-    assert "largest difference from torch" in exported.stdout
-    measured = script("llama.py", "perplexity", out, tmp_path / "tokens.npy", "--windows", "2", "--length", "20")
-    value = llama.perplexity(out, np.arange(40) % VOCABULARY, windows=2, length=20)
-    assert measured.stdout == f"perplexity {value:.3f}\n"
+    assert command("export", llama_folder, out) == 0
+    assert capsys.readouterr().out.count("largest difference from torch") == 2
+    assert out.read_bytes() == llama_onnx.read_bytes(), "the same model gives the same file"
+    assert command("export", tmp_path / "nowhere", out) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path / 'nowhere'} has no config.json: give a folder that save_pretrained wrote\n"
+    assert command("export", llama_folder) == 2
+
+    tokens = np.arange(40) % VOCABULARY
+    np.save(tmp_path / "tokens.npy", tokens)
+    measured = script("llama.py", "perplexity", llama_onnx, tmp_path / "tokens.npy", "--windows", "2", "--length", "20")
+    assert measured.stdout == f"perplexity {llama.perplexity(llama_onnx, tokens, windows=2, length=20):.3f}\n"
     assert "Perplexity" in measured.stderr, "progress"
-    failed = script("llama.py", "export", tmp_path / "nowhere", out)
-    assert failed.returncode == 1
-    assert failed.stderr == f"error: {tmp_path / 'nowhere'} has no config.json: give a folder that save_pretrained wrote\n"
 
 
 def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -383,7 +392,7 @@ def test_demo_measures_every_method(demo: Any, capsys: pytest.CaptureFixture[str
         assert row.lowest <= row.mean
         assert row.megabytes < reference.megabytes
     by_method = {row.method: row.mean for row in demo.rows}
-    assert by_method["ONNX Runtime static int8"] > by_method["plain round to nearest"]
+    assert by_method["ORT static int8"] > by_method["W4A4 plain rounding"]
     minilm.print_table(demo.rows, 3)
     assert f"{reference.megabytes:.1f}" in capsys.readouterr().out
 
