@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 RESERVOIR_BYTES = 256 << 20
 """Bytes of one group's reservoir at most: 16,384 rows up to 4,096 channels, 4,681 rows of 14,336."""
 
+RESERVOIR_TOKENS = 16384
+"""Rows of one group's reservoir at most."""
+
 DEFAULT_MEMORY_BUDGET = 2 << 30
 """Bytes of statistics in memory at a time."""
 
@@ -50,7 +53,7 @@ def observe(
     workdir: Path,
     needs_tokens: bool = True,
     needs_hessian: bool = True,
-    reservoir_tokens: int = 16384,
+    reservoir_tokens: int = RESERVOIR_TOKENS,
     seed: int = 0,
     mask: str | None = None,
     progress: Progress | None = None,
@@ -108,7 +111,7 @@ def observe(
         by_input.setdefault(group.input.name or "", []).append(group)
     hessian_rows = _BLOCK_ROWS if needs_hessian else 0
     limit = reservoir_tokens if needs_tokens else 0
-    tokens = {name: min(limit, RESERVOIR_BYTES // (4 * g[0].in_features)) for name, g in by_input.items()}
+    tokens = {name: reservoir_rows(g[0].in_features, limit) for name, g in by_input.items()}
     costs = {name: len(g) * _cost(g[0].in_features, tokens[name], hessian=needs_hessian) for name, g in by_input.items()}
 
     few: list[tuple[str, int, int]] = []
@@ -147,6 +150,11 @@ def observe(
             channels,
         )
     return store
+
+
+def reservoir_rows(features: int, limit: int = RESERVOIR_TOKENS) -> int:
+    """Rows of the reservoir of a group with so many channels: ``limit``, or as many as ``RESERVOIR_BYTES`` hold."""
+    return min(limit, RESERVOIR_BYTES // (4 * features))
 
 
 class _Running:

@@ -137,7 +137,7 @@ def build(
                 **{f"--{name.replace('_', '-')}": value for name, value in recipe.to_dict().items()},
             }
         )
-        workspace.require_space(float_model.disk_needed(recipe))
+        workspace.require_space(float_model.disk_needed(recipe, data.rows))
         groups = float_model.found.groups
         with clock("observe"):
             stats = _observe(float_model, data, recipe, workspace.work, progress)
@@ -282,13 +282,17 @@ class _FloatModel:
             raise ModelError(f"{path} has nothing to quantize: {_why_nothing(found)}")
         return cls(path, model, found, fingerprint, float_bytes)
 
-    def disk_needed(self, recipe: Recipe) -> int:
-        """Bytes that a build writes, roughly: the model at its float size at most, codes at one byte a weight, Hessians."""
-        codes = sum(group.in_features * group.out_features for group in self.found.groups)
-        hessians = (
-            sum(4 * group.in_features**2 for group in self.found.groups) if weight_quantizer_named(recipe.weights).needs_hessian else 0
-        )
-        return self.float_bytes + codes + hessians
+    def disk_needed(self, recipe: Recipe, rows: int) -> int:
+        """Bytes that a build writes, roughly: the model at its float size at most, codes at one byte a weight, statistics of ``rows``."""
+        from fqonnx.calib.observe import reservoir_rows
+
+        groups, (needs_tokens, needs_hessian) = self.found.groups, _needs(recipe)
+        needed = self.float_bytes + sum(group.in_features * group.out_features for group in groups)
+        if needs_tokens:
+            needed += sum(4 * group.in_features * min(rows, reservoir_rows(group.in_features)) for group in groups)
+        if needs_hessian:
+            needed += sum(4 * group.in_features**2 for group in groups)
+        return needed
 
 
 def _why_nothing(found: Linears) -> str:
@@ -341,6 +345,8 @@ class _Data:
     held_out: _FeedRange
     profiles: dict[str, Profile]
     notes: tuple[str, ...]
+    rows: int
+    """Rows that a linear sees of all samples, at most: one for each token, or each vector of an input."""
 
     @classmethod
     def split(cls, source: Source, spec: str | None) -> _Data:
@@ -351,9 +357,10 @@ class _Data:
         """
         name = spec or "random inputs"
         shapes: dict[str, list[tuple[int, ...]]] = {}
-        count = 0
+        count = rows = 0
         for feeds in source:
             count += 1
+            rows += max((math.prod(a.shape if a.dtype.kind in "iub" else a.shape[:-1]) for a in feeds.values()), default=0)
             for key, array in feeds.items():
                 shapes.setdefault(key, []).append(array.shape)
         if not count:
@@ -371,6 +378,7 @@ class _Data:
             _FeedRange(source, count - held if held else 0, count),
             profiles_from_shapes(shapes),
             tuple(notes),
+            rows,
         )
 
     @property
@@ -392,11 +400,16 @@ def _require_device(device: str) -> None:
         )
 
 
+def _needs(recipe: Recipe) -> tuple[bool, bool]:
+    """Whether the recipe has a use for sampled rows, and for Hessians: what needs these measures its rounding on those."""
+    needs_hessian = weight_quantizer_named(recipe.weights).needs_hessian
+    return transform_named(recipe.transform).needs_tokens or needs_hessian, needs_hessian
+
+
 def _observe(float_model: _FloatModel, data: _Data, recipe: Recipe, workdir: Path, progress: Progress) -> StatsStore | None:
     """Statistics of every group's input, where the recipe has a use for them."""
-    needs_tokens = transform_named(recipe.transform).needs_tokens
-    needs_hessian = weight_quantizer_named(recipe.weights).needs_hessian
-    if not (needs_tokens or needs_hessian):
+    needs_tokens, needs_hessian = _needs(recipe)
+    if not needs_tokens:
         return None
     from fqonnx.calib.observe import observe
     from fqonnx.calib.roles import padding_mask
@@ -406,7 +419,6 @@ def _observe(float_model: _FloatModel, data: _Data, recipe: Recipe, workdir: Pat
         float_model.found.groups,
         data.calibration,
         workdir=workdir,
-        needs_tokens=True,
         needs_hessian=needs_hessian,
         seed=recipe.seed,
         mask=padding_mask(float_model.model),

@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from fqonnx import artifact
 from fqonnx.build import build
 from fqonnx.recipe import Recipe
+from tests.cli_support import write_data, write_mlp
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,3 +72,25 @@ def test_padding_does_not_count_in_calibration(tmp_path: Path) -> None:
         build(model, out, recipe=Recipe(transform="smooth", scheme="w8a8"), calib_data=str(tmp_path / "d.npz"))
         records.append((out / "calibration.safetensors").read_bytes())
     assert records[0] == records[1]
+
+
+@pytest.mark.parametrize("weights", ["rtn", "gptq"])
+@pytest.mark.parametrize("samples", [40, 4000])
+def test_the_disk_that_a_build_needs_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str, samples: int
+) -> None:
+    """Statistics are most of it; small files weigh more than the estimate says."""
+    told, written = [], []
+
+    def commit(workspace: artifact.Workspace) -> None:
+        paths = [workspace.files / artifact.MODEL, *workspace.work.rglob("*.safetensors")]
+        written.append(sum(path.stat().st_size for path in paths))
+        whole(workspace)
+
+    whole = artifact.Workspace.commit
+    monkeypatch.setattr(artifact.Workspace, "require_space", lambda _, needed: told.append(needed))
+    monkeypatch.setattr(artifact.Workspace, "commit", commit)
+    model, data = write_mlp(tmp_path / "m.onnx", layers=2), write_data(tmp_path / "d.npz", samples)
+    recipe = Recipe(transform="hadamard", weights=weights)
+    build(model, tmp_path / "out", recipe=recipe, calib_data=str(data), calib_samples=samples, batch_size=100)
+    assert 0.5 < written[0] / told[0] < 1.3
