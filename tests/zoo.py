@@ -427,6 +427,19 @@ def linear_in_if_body(g: Graph) -> onnx.ModelProto:
     return g.model([g.op("If", "flag", then_branch=then, else_branch=other)], {"x": (FLOAT, (*ROWS, K)), "flag": (BOOL, ())})
 
 
+@case(1, 1, left=("in the body of Loop",))
+def linear_in_loop_body(g: Graph) -> onnx.ModelProto:
+    h, w = g.op("MatMul", "x", g.weight(K, K)), g.weight(K, K)
+    state = [helper.make_tensor_value_info(name, dtype, []) for name, dtype in (("turn", INT64), ("go", BOOL))]
+    carried, going, made = (
+        helper.make_tensor_value_info(*info) for info in (("h", FLOAT, None), ("going", BOOL, []), ("made", FLOAT, None))
+    )
+    nodes = [helper.make_node("MatMul", ["h", w], ["made"]), helper.make_node("Identity", ["go"], ["going"])]
+    body = helper.make_graph(nodes, "body", [*state, carried], [going, made])
+    looped = g.op("Loop", g.constant(np.array(2)), "", h, body=body)
+    return g.model([g.op("MatMul", looped, g.weight(K, N))])
+
+
 @case(1, 1)
 def local_functions(g: Graph) -> onnx.ModelProto:
     """A nested pair: the outer calls the inner, both called twice, the inner with an attribute of its caller."""
