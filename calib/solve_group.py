@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fqonnx.calib.transforms.base import FittedTransform
     from fqonnx.recipe import Recipe
 
-HELD_OUT = 8
+HELD_OUT = 16
 """One token in this many is kept from training, for the figures of the report."""
 
 PROFILE_POINTS = 256

@@ -19,6 +19,10 @@ POWER_TOKENS = 4096
 """Tokens that the magnitude of a linear's output is measured on."""
 
 
+TARGET_VALUES = 1 << 26
+"""Float outputs that are computed once for all steps (256 MiB); of larger groups each step computes its own."""
+
+
 class InvertibleFactor(nn.Module):
     """``U · diag(exp s) · Vᵀ`` with orthogonal ``U`` and ``V``: invertible by construction, for any size.
 
@@ -129,11 +133,13 @@ def _train(problem: Problem, tokens: torch.Tensor, absmax: torch.Tensor, trainin
     weight = problem.weight
     importance = _inverse_power(problem, tokens)
     batch = min(training.batch, tokens.shape[0])
+    targets = tokens @ weight.mT if len(tokens) * len(weight) <= TARGET_VALUES else None
     for _ in range(steps):
         rows = torch.randint(tokens.shape[0], (batch,), generator=generator).to(tokens.device)
         x = tokens[rows]
+        y = x @ weight.mT if targets is None else targets[rows]
         t, w = group.quantized(x, weight)
-        loss = ((t @ w.mT - x @ weight.mT).square().mean(0) * importance).mean()
+        loss = ((t @ w.mT - y).square().mean(0) * importance).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
         optimizer.step()
