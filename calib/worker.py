@@ -10,6 +10,8 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,6 +20,7 @@ from fqonnx.errors import FqonnxError
 
 def main(tasks: TextIO, answers: TextIO) -> None:
     """Solve until standard input ends; a group that fails is answered with ``{"error": ...}`` and the next one is taken."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends its workers itself
     import torch
 
@@ -25,6 +28,13 @@ def main(tasks: TextIO, answers: TextIO) -> None:
     for line in tasks:
         answers.write(json.dumps(_answer(json.loads(line))) + "\n")
         answers.flush()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the one that started it is gone, killed perhaps: nobody waits for the group any more."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _answer(task: dict[str, Any]) -> dict[str, Any]:

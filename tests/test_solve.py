@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+import time
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -21,9 +22,6 @@ from fqonnx.calib.transforms.base import FittedTransform
 from fqonnx.errors import CalibrationError
 from fqonnx.passes.groups import Linear, LinearGroup
 from fqonnx.recipe import Recipe
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 RECIPE = Recipe(steps=6)
 
@@ -273,3 +271,30 @@ def test_available_memory_is_that_of_the_machine_or_of_the_container(tmp_path: P
     (tmp_path / "stat").write_text("anon 5\nfile 7\nfile_mapped 9\n")
     assert solve_module._number(tmp_path / "stat", r"(?m)^file (\d+)", default=0) == 7
     assert solve_module._number(tmp_path / "none", r"(\d+)", default=3) == 3
+
+
+def test_workers_end_with_a_build_that_is_killed(tmp_path: Path, stats: StatsStore) -> None:
+    stores.write(tmp_path / "w.safetensors", {"weight": weights(0)}, {})
+    task = {
+        "name": "g0",
+        "weight": str(tmp_path / "w.safetensors"),
+        "stats": str(stats.path("g0")),
+        "result": str(tmp_path / "r.safetensors"),
+        "key": "k",
+        "recipe": {"steps": 1_000_000},
+        "seed": 0,
+        "out_features": [40],
+    }
+    program = (
+        "import subprocess, sys, time\n"
+        "worker = subprocess.Popen([sys.executable, '-m', 'fqonnx.calib.worker'], stdin=subprocess.PIPE, text=True)\n"
+        f"worker.stdin.write({json.dumps(task)!r} + '\\n'); worker.stdin.flush()\n"
+        "print(worker.pid, flush=True); time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as build:
+        worker = Path("/proc") / build.stdout.readline().strip()
+        time.sleep(3)  # time to take the task
+        assert worker.exists()
+        build.kill()
+        _, said = build.communicate(timeout=60)  # the worker holds standard error until it ends
+    assert said == ""
