@@ -146,7 +146,8 @@ def _dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 def _rel_l2(candidate: torch.Tensor, reference: torch.Tensor) -> float:
     """``‖candidate - reference‖ / ‖reference‖``; 0 where both are zero."""
-    error, norm = float((candidate - reference).norm()), float(reference.norm())
+    # fp64: squares of activations beyond 1e18 overflow fp32.
+    error, norm = float((candidate - reference).double().norm()), float(reference.double().norm())
     return error / norm if norm else float(error > 0)
 
 

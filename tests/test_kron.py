@@ -10,18 +10,36 @@ from fqonnx.calib import kron
 
 @pytest.mark.parametrize(
     ("k", "expected"),
-    [(1, (1, 1)), (7, (1, 7)), (4099, (1, 4099)), (512, (16, 32)), (4096, (64, 64)), (11008, (86, 128)), (14336, (112, 128)), (10, (2, 5))],
+    [
+        (1, (1, 1)),
+        (7, (1, 7)),
+        (96, (1, 96)),
+        (384, (3, 128)),
+        (512, (4, 128)),
+        (1536, (12, 128)),
+        (4096, (32, 128)),
+        (4099, (1, 4099)),
+        (11008, (86, 128)),
+        (14336, (112, 128)),
+        (28672, (128, 224)),
+        (2 * 131, (2, 131)),
+    ],
 )
-def test_factor_has_the_smallest_sum(k: int, expected: tuple[int, int]) -> None:
+def test_factor_takes_the_widest_right_factor_within_bounds(k: int, expected: tuple[int, int]) -> None:
     assert kron.factor(k) == expected
 
 
 @given(st.integers(1, 5000))
-def test_factor_always_ends_with_the_cheapest_pair(k: int) -> None:
+def test_factor_always_ends_with_a_pair(k: int) -> None:
     n1, n2 = kron.factor(k)
-    assert n1 <= n2
+    assert 1 <= n1 <= n2
     assert n1 * n2 == k
-    assert all(k % d or d <= n1 for d in range(1, math.isqrt(k) + 1))
+    divisors = [d for d in range(math.isqrt(k), 0, -1) if k % d == 0]
+    if n2 > kron.WIDTH:  # only where every pair is wider: then the cheapest
+        assert k // divisors[0] > kron.WIDTH
+        assert n1 == divisors[0]
+    else:
+        assert not any(n2 < k // d <= kron.WIDTH for d in divisors)
 
 
 def test_factor_refuses_zero() -> None:

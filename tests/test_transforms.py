@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -138,3 +140,19 @@ def test_invertible_factor_stays_invertible_wherever_training_takes_it() -> None
         matrix, inverse = factor()
     torch.testing.assert_close(matrix @ inverse, torch.eye(12), atol=2e-3, rtol=0)
     assert float(torch.linalg.cond(matrix.double())) < np.exp(2 * InvertibleFactor.bound) * 1.01
+
+
+def test_a_large_prime_factor_is_a_rotation_that_is_not_trained() -> None:
+    p = problem(521, t=64, steps=3)
+    fitted = transform_named("flatquant").fit(p)
+    assert fitted.right is not None
+    assert fitted.right.shape == (521, 521)
+    torch.testing.assert_close(fitted.right @ fitted.right.mT, torch.eye(521), atol=1e-4, rtol=0)
+
+
+def test_learned_channel_scales_stay_within_what_fp16_bears() -> None:
+    p = problem(steps=2)
+    assert p.tokens is not None
+    fitted = transform_named("flatquant").fit(replace(p, tokens=p.tokens * 1e8, absmax=p.tokens.abs().amax(0) * 1e30))
+    assert fitted.channel_scale is not None
+    assert 0.99e-4 < float(fitted.channel_scale.min()) <= float(fitted.channel_scale.max()) < 1.01e4

@@ -19,6 +19,12 @@ POWER_TOKENS = 4096
 """Tokens that the magnitude of a linear's output is measured on."""
 
 
+MAX_TRAINED = 512
+"""Factors beyond this (K with a large prime in it) stay the random rotation they start as: a step of training costs n³."""
+
+MAX_LOG_SCALE = 9.21
+"""Channel scales stay within 1e-4 .. 1e4 wherever training takes them: fp16 activations have to bear the division."""
+
 TARGET_VALUES = 1 << 26
 """Float outputs that are computed once for all steps (256 MiB); of larger groups each step computes its own."""
 
@@ -35,6 +41,7 @@ class InvertibleFactor(nn.Module):
     def __init__(self, start: torch.Tensor) -> None:
         super().__init__()
         n = start.shape[0]
+        self.fixed = n > MAX_TRAINED
         self.register_buffer("start", start)
         self.register_buffer("eye", torch.eye(n, device=start.device))
         self.u = nn.Parameter(torch.zeros(n, n, device=start.device))
@@ -44,6 +51,8 @@ class InvertibleFactor(nn.Module):
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The matrix and its inverse."""
         start, eye = self.get_buffer("start"), self.get_buffer("eye")
+        if self.fixed:
+            return start, start.mT
         u = start @ _cayley(self.u, eye)
         v = _cayley(self.v, eye)
         s = self.bound * torch.tanh(self.s / self.bound)
@@ -107,11 +116,15 @@ class _Group(nn.Module):
         self.weight_bits = problem.scheme.weight_bits
         self.group_size = problem.group_size
 
+    def scale(self) -> torch.Tensor:
+        return self.log_scale.clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE).exp()
+
     def quantized(self, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         left, left_inverse = self.left()
         right, right_inverse = self.right()
-        t = kron.apply(x * (-self.log_scale).exp(), left, right)
-        w = kron.apply(weight * self.log_scale.exp(), left_inverse.mT, right_inverse.mT)
+        scale = self.scale()
+        t = kron.apply(x / scale, left, right)
+        w = kron.apply(weight * scale, left_inverse.mT, right_inverse.mT)
         if self.activation_bits < 16:
             t = fake_quantize(t, row_scale(t, self.activation_bits, torch.sigmoid(self.clip)), self.activation_bits)
         rows = w.reshape(-1, self.group_size or w.shape[1])
@@ -146,7 +159,7 @@ def _train(problem: Problem, tokens: torch.Tensor, absmax: torch.Tensor, trainin
         schedule.step()
     with torch.no_grad():
         return FittedTransform(
-            channel_scale=group.log_scale.exp(),
+            channel_scale=group.scale(),
             left=group.left()[0],
             right=group.right()[0],
             clip=float(torch.sigmoid(group.clip)),
