@@ -13,10 +13,6 @@ from fqonnx.errors import UsageError
 if TYPE_CHECKING:
     from pathlib import Path
 
-MAX_ERROR = 0.5
-"""Where nothing is asked for: far above what a good recipe costs, and below what a ruined model shows."""
-
-
 @click.command(cls=options.ShapesCommand)
 @click.argument("model", type=options.PATH)
 @click.option("-o", "--output", "out", type=options.PATH, required=True, metavar="OUT", help="The build directory to write.")
@@ -83,7 +79,7 @@ def build(
         random_calibration=random_calibration,
         engine=engine,
         profiles=profiles,
-        max_error=MAX_ERROR if max_error is None and not random_calibration else max_error,
+        max_error=max_error,
         progress=terminal.progress(quiet),
         command=command,
         **{name: value for name, value in choices.items() if name not in recipe.to_dict()},

@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 
     Feeds = dict[str, npt.NDArray[Any]]
 
+MAX_ERROR = 0.5
+"""Bound on the error where nothing is asked for: far above what a good recipe costs, and below what a ruined model shows."""
+
 HELD_OUT_SHARE = 0.1
 """Share of the samples that calibration does not see and verification runs on."""
 
@@ -90,7 +93,8 @@ def build(
         target: Architecture to lower for, such as ``sm90``; None makes a model that runs everywhere.
         device: ``cpu`` or ``cuda``: where transforms are trained and models run.
         profiles: Shapes of dynamic inputs for an engine; None takes those of the data.
-        max_error: Largest relative L2 error of a float output; None asks for finite outputs only.
+        max_error: Largest relative L2 error of a float output; None is ``MAX_ERROR``, or with random inputs, which say little about
+            accuracy, no bound at all.
         resume: Reuse what an interrupted build of the same ``out`` has finished.
         force: Replace an existing build directory.
         progress: Where to tell how far it is.
@@ -109,6 +113,8 @@ def build(
     """
     recipe = recipe or Recipe()
     progress = progress or Silent()
+    if max_error is None and not random_calibration:
+        max_error = MAX_ERROR
     builder = engine_named(engine)
     _require_device(device)
     lowering_for(target)  # refuses a target without kernels before the long work, as the next line does for the engine

