@@ -289,11 +289,16 @@ class _FloatModel:
         return cls(path, model, found, fingerprint, float_bytes)
 
     def disk_needed(self, recipe: Recipe, rows: int) -> int:
-        """Bytes that a build writes, roughly: the model at its float size at most, codes at one byte a weight, statistics of ``rows``."""
+        """Bytes that a build writes, roughly: the model at its float size at most, and of each group codes, factors and statistics.
+
+        Codes take one byte a weight, the fp32 factors are in the solution and in the model, statistics are of at most ``rows``.
+        """
+        from fqonnx.calib.kron import factor
         from fqonnx.calib.observe import reservoir_rows
 
         groups, (needs_tokens, needs_hessian) = self.found.groups, _needs(recipe)
         needed = self.float_bytes + sum(group.in_features * group.out_features for group in groups)
+        needed += sum(2 * 4 * n**2 for group in groups for n in factor(group.in_features))
         if needs_tokens:
             needed += sum(4 * group.in_features * min(rows, reservoir_rows(group.in_features)) for group in groups)
         if needs_hessian:
