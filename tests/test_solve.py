@@ -298,3 +298,14 @@ def test_workers_end_with_a_build_that_is_killed(tmp_path: Path, stats: StatsSto
         build.kill()
         _, said = build.communicate(timeout=60)  # the worker holds standard error until it ends
     assert said == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("recipe", [Recipe(steps=100), Recipe(transform="hadamard", weights="rtn")])
+def test_cuda_solves_as_well_as_the_cpu(tmp_path: Path, stats: StatsStore, recipe: Recipe) -> None:
+    cpu = solve(GROUPS, stats, recipe, workdir=tmp_path / "cpu", fingerprint="f")
+    cuda = solve(GROUPS, stats, recipe, workdir=tmp_path / "cuda", fingerprint="f", device="cuda")
+    for group in GROUPS:
+        one, other = cpu(group.name).metrics["output_rel_l2"], cuda(group.name).metrics["output_rel_l2"]
+        assert other == pytest.approx(one, rel=0.1)
