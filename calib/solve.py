@@ -130,7 +130,7 @@ def _memory(group: LinearGroup, stats: StatsStore | None) -> int:
     """Peak resident bytes of the process that solves a group with FlatQuant and GPTQ, which take the most: measured, rounded up."""
     square, weight = group.in_features**2, group.in_features * group.out_features
     tokens = 0 if stats is None else max(stats.path(group.name).stat().st_size - 4 * square, 0)
-    outputs = 256 << 20  # FlatQuant's targets at most
+    outputs = min(tokens * group.out_features // group.in_features, 256 << 20)  # FlatQuant's targets
     return _PROCESS_BYTES + 90 * square + 65 * weight + 8 * tokens + outputs
 
 

@@ -13,7 +13,8 @@ from fqonnx.calib import kron
     [
         (1, (1, 1)),
         (7, (1, 7)),
-        (96, (1, 96)),
+        (64, (4, 16)),
+        (96, (3, 32)),
         (384, (3, 128)),
         (512, (4, 128)),
         (1536, (12, 128)),
@@ -34,12 +35,11 @@ def test_factor_always_ends_with_a_pair(k: int) -> None:
     n1, n2 = kron.factor(k)
     assert 1 <= n1 <= n2
     assert n1 * n2 == k
-    divisors = [d for d in range(math.isqrt(k), 0, -1) if k % d == 0]
-    if n2 > kron.WIDTH:  # only where every pair is wider: then the cheapest
-        assert k // divisors[0] > kron.WIDTH
-        assert n1 == divisors[0]
-    else:
-        assert not any(n2 < k // d <= kron.WIDTH for d in divisors)
+    allowed = [
+        (d, k // d) for d in range(1, n2 + 1) if k % d == 0 and d * d <= k and k // d <= kron.WIDTH and 8 * (d**2 + (k // d) ** 2) <= k**2
+    ]
+    cheapest = next((d, k // d) for d in range(math.isqrt(k), 0, -1) if k % d == 0)
+    assert (n1, n2) == max(allowed, key=lambda pair: pair[1], default=cheapest)
 
 
 def test_factor_refuses_zero() -> None:

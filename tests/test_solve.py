@@ -72,7 +72,7 @@ def test_solution_is_complete_and_better_than_plain_rounding(tmp_path: Path, sta
         assert solution.codes.dtype == np.int8
         assert solution.scales.shape == (40, 1)
         assert solution.left is not None
-        assert solution.left.shape == (6, 6)
+        assert solution.left.shape == (3, 3)
         assert solution.metrics["output_rel_l2"] < 0.7 * plain(f"g{index}").metrics["output_rel_l2"]
         assert solution.metrics["flatness_after"] < solution.metrics["flatness_before"]
         assert solution.profile_before is not None
