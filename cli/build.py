@@ -13,6 +13,7 @@ from fqonnx.errors import UsageError
 if TYPE_CHECKING:
     from pathlib import Path
 
+
 @click.command(cls=options.ShapesCommand)
 @click.argument("model", type=options.PATH)
 @click.option("-o", "--output", "out", type=options.PATH, required=True, metavar="OUT", help="The build directory to write.")
