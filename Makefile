@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint coverage clean
+.PHONY: demo test lint clean
 .DEFAULT_GOAL := test
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -15,16 +15,13 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(VENV)/installed ## build MiniLM W4A4 and print what it proved
 	$(BIN)/python samples/minilm.py
 
-test: $(VENV)/installed ## run the tests
-	$(BIN)/python -m pytest
+test: $(VENV)/installed ## run the tests, with the coverage gate
+	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
 
 lint: $(VENV)/installed ## style, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-
-coverage: $(VENV)/installed ## run the tests with the coverage gate
-	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
