@@ -9,7 +9,6 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ import onnx_ir as ir
 
 from fqonnx import artifact
 from fqonnx import model as model_file
+from fqonnx.calib.data.holdout import Part, count_samples, has_free_batch
 from fqonnx.calib.record import write_record
 from fqonnx.calib.registry import transform_named, weight_quantizer_named
 from fqonnx.calib.solve import solve
@@ -34,15 +34,11 @@ from fqonnx.report.html import save_html
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    import numpy.typing as npt
-
     from fqonnx.calib.data import Source
     from fqonnx.calib.solution import GroupSolution
     from fqonnx.calib.stores import StatsStore
     from fqonnx.passes.groups import LinearGroup, Linears
     from fqonnx.progress import Progress
-
-    Feeds = dict[str, npt.NDArray[Any]]
 
 MAX_ERROR = 0.5
 """Bound on the error where nothing is asked for: far above what a good recipe costs, and below what a ruined model shows."""
@@ -133,7 +129,7 @@ def build(
                 seed=recipe.seed,
                 random=random_calibration,
             )
-            data = _Data.split(source, calib_data)
+            data = _Data.split(source, calib_data, model_file.inputs(float_model.model))
         workspace.settings(
             {
                 "fqonnx": version("fqonnx"),
@@ -180,8 +176,8 @@ def build(
                 "engine": engine,
                 "calibration": {
                     "data": data.name,
-                    "samples": data.calibration.length,
-                    "held_out": data.held_out.length,
+                    "samples": data.calibration.samples,
+                    "held_out": data.held_out.samples,
                     "fingerprint": data.calibration.fingerprint,
                 },
                 "versions": report.environment,
@@ -324,43 +320,20 @@ def _fingerprint(path: Path, model: ir.Model) -> str:
 
 
 @dataclass(frozen=True)
-class _FeedRange:
-    """Feeds ``start`` to ``stop`` of a source, itself a source."""
-
-    source: Source
-    start: int
-    stop: int
-
-    def __iter__(self) -> Iterator[Feeds]:
-        return islice(iter(self.source), self.start, self.stop)
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def length(self) -> int:
-        return len(self)
-
-    @property
-    def fingerprint(self) -> str:
-        return f"{self.source.fingerprint}[{self.start}:{self.stop}]"
-
-
-@dataclass(frozen=True)
 class _Data:
     """What calibration sees and what verification sees."""
 
     name: str
     random: bool
-    calibration: _FeedRange
-    held_out: _FeedRange
+    calibration: Part
+    held_out: Part
     profiles: dict[str, Profile]
     notes: tuple[str, ...]
     rows: int
     """Rows that a linear sees of all samples, at most: one for each token, or each vector of an input."""
 
     @classmethod
-    def split(cls, source: Source, spec: str | None) -> _Data:
+    def split(cls, source: Source, spec: str | None, inputs: Sequence[model_file.ModelInput]) -> _Data:
         """Read the data once, so that every mistake in it is told before the work starts, and hold out the last tenth.
 
         Raises:
@@ -368,12 +341,13 @@ class _Data:
         """
         name = spec or "random inputs"
         shapes: dict[str, list[tuple[int, ...]]] = {}
-        count = rows = 0
+        free_batch, sizes, rows = has_free_batch(inputs), list[int](), 0
         for feeds in source:
-            count += 1
+            sizes.append(count_samples(feeds, free_batch=free_batch))
             rows += max((math.prod(a.shape if a.dtype.kind in "iub" else a.shape[:-1]) for a in feeds.values()), default=0)
             for key, array in feeds.items():
                 shapes.setdefault(key, []).append(array.shape)
+        count = sum(sizes)
         if not count:
             raise DataError(f"{name} holds no samples: give at least one")
         held = max(1, round(count * HELD_OUT_SHARE)) if count > 1 else 0
@@ -385,8 +359,8 @@ class _Data:
         return cls(
             name,
             spec is None,
-            _FeedRange(source, 0, count - held),
-            _FeedRange(source, count - held if held else 0, count),
+            Part(source, 0, count - held, tuple(sizes)),
+            Part(source, count - held if held else 0, count, tuple(sizes)),
             profiles_from_shapes(shapes),
             tuple(notes),
             rows,
@@ -395,9 +369,9 @@ class _Data:
     @property
     def report(self) -> DataReport:
         """What the figures are measured on, in words."""
-        seen = self.calibration.length
+        seen = self.calibration.samples
         note = f"held out: calibration saw the {seen} before them" if self.held_out.start else "the sample that calibration saw"
-        return DataReport(source=self.name, samples=self.held_out.length, note=note)
+        return DataReport(source=self.name, samples=self.held_out.samples, note=note)
 
 
 def _require_device(device: str) -> None:

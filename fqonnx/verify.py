@@ -107,7 +107,7 @@ def verify(
         tokens: Whether the integer inputs are text, so that predicting the next token means something; None finds out by the graph and
             by whether the logits of earlier tokens ignore the last one. Random data should say False.
         device: ``cpu`` or ``cuda``.
-        data: What the report says of the data; the samples are counted here.
+        data: What the report says of the data; where it counts no samples, each feed is one.
         progress: Told of every sample.
 
     Returns:
@@ -155,7 +155,8 @@ def verify(
     notes += [f"output {name!r} holds text and is not compared" for name in sorted(comparison.skipped)]
     failures = tuple(_failures(outputs, max_error))
     seconds["total"] = time.perf_counter() - started
-    data = replace(data, samples=comparison.samples) if data else DataReport(source="", samples=comparison.samples)
+    data = data or DataReport(source="", samples=0)
+    data = replace(data, samples=data.samples or comparison.samples)
     return Report(
         model=a.name,
         candidate=b.name,

@@ -94,3 +94,11 @@ def test_the_disk_that_a_build_needs_is_told_before_the_work(
     recipe = Recipe(transform="hadamard", weights=weights)
     build(model, tmp_path / "out", recipe=recipe, calib_data=str(data), calib_samples=samples, batch_size=100)
     assert 0.5 < written[0] / told[0] < 1.3
+
+
+def test_a_tenth_of_the_samples_is_held_out_whatever_the_batch(tmp_path: Path) -> None:
+    model, data = write_mlp(tmp_path / "m.onnx"), write_data(tmp_path / "d.npz", samples=40)
+    recipe = Recipe(transform="none", weights="rtn")
+    report = build(model, tmp_path / "out", recipe=recipe, calib_data=str(data), batch_size=32)
+    assert report.data.samples == 4
+    assert "calibration saw the 36 before them" in report.data.note
