@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -102,3 +103,14 @@ def test_a_tenth_of_the_samples_is_held_out_whatever_the_batch(tmp_path: Path) -
     report = build(model, tmp_path / "out", recipe=recipe, calib_data=str(data), batch_size=32)
     assert report.data.samples == 4
     assert "calibration saw the 36 before them" in report.data.note
+
+
+def test_a_build_from_local_files_opens_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a build of local files reached for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    with socket.socket() as probe, pytest.raises(AssertionError, match="reached for the network"):
+        probe.connect(("127.0.0.1", 9))
+    model, data = write_mlp(tmp_path / "m.onnx"), write_data(tmp_path / "d.npz", samples=40)
+    assert build(model, tmp_path / "out", recipe=Recipe(transform="hadamard", weights="gptq"), calib_data=str(data)).outputs
