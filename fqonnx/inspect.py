@@ -167,15 +167,15 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
     table = Table(
         title=f"{len(inspection.groups)} groups to quantize ({inspection.recipe['scheme']})", title_justify="left", box=box.SIMPLE_HEAD
     )
-    table.add_column("count", justify="right")
+    table.add_column("", justify="right")
     table.add_column("group", overflow="fold")
-    for heading in ("K", "N", "weights"):
+    for heading in ("K × N", "weights"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("channel scale")
+    table.add_column("scale", no_wrap=True)  # where a channel scale is applied
     for pattern, groups in _alike(inspection.groups).items():
         sizes = f"{words.size(sum(g.float_bytes for g in groups))} -> {words.size(sum(g.quantized_bytes for g in groups))}"
-        where = "in the norm" if groups[0].scale_folds_into_norm else "online"
-        table.add_row(str(len(groups)), escape(pattern[0]), str(groups[0].in_features), str(groups[0].out_features), sizes, where)
+        where = "norm" if groups[0].scale_folds_into_norm else "online"
+        table.add_row(str(len(groups)), escape(pattern[0]), f"{groups[0].in_features} × {groups[0].out_features}", sizes, where)
     if inspection.groups:
         console.print(table)
 
@@ -185,7 +185,7 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
         left_table = Table(
             title=f"{len(inspection.left_in_float)} matrix products left in float", title_justify="left", box=box.SIMPLE_HEAD
         )
-        left_table.add_column("count", justify="right")
+        left_table.add_column("", justify="right")
         left_table.add_column("reason", overflow="fold")
         left_table.add_column("for example", overflow="fold")
         for reason, count in reasons.most_common():
