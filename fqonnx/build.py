@@ -23,13 +23,13 @@ from fqonnx.calib.solve import solve
 from fqonnx.engines import Profile, profiles_from_shapes
 from fqonnx.engines import engine as engine_named
 from fqonnx.errors import DataError, EngineError, ModelError, UsageError
-from fqonnx.inspect import constant_bytes
 from fqonnx.passes.edit import GROUP_TAG
 from fqonnx.passes.fuse import LOWERING_TAG, lowering_for
 from fqonnx.progress import Silent
 from fqonnx.recipe import Recipe
 from fqonnx.report import DataReport, GroupReport, LeftReport, Report, load_report, save_report
 from fqonnx.report.html import save_html
+from fqonnx.sizes import constant_bytes, constants
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -313,8 +313,7 @@ def _why_nothing(found: Linears) -> str:
 def _fingerprint(path: Path, model: ir.Model) -> str:
     """SHA-256 over the model file and every external data file it names, in order of their names."""
     digest = hashlib.sha256(artifact.file_hash(path).encode())
-    tensors = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
-    for file in sorted({Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}):
+    for file in sorted({Path(tensor.path) for tensor in constants(model) if isinstance(tensor, ir.ExternalTensor)}):
         digest.update(artifact.file_hash(file).encode())
     return digest.hexdigest()
 

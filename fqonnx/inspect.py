@@ -12,11 +12,11 @@ from fqonnx.passes import linears as linear_pass
 from fqonnx.passes.prepare import prepare
 from fqonnx.recipe import Recipe
 from fqonnx.report import LeftReport, SizeReport
+from fqonnx.sizes import constant_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import onnx_ir as ir
     from rich.console import Console
 
     from fqonnx.passes.groups import LinearGroup
@@ -112,13 +112,6 @@ def inspect(path: Path | str, *, recipe: Recipe | None = None) -> Inspection:
         left_in_float=tuple(LeftReport.of(left) for left in found.left_in_float),
         size=SizeReport(float_bytes=float_bytes, quantized_bytes=max(0, float_bytes - saved)),
         recipe=recipe.to_dict(),
-    )
-
-
-def constant_bytes(model: ir.Model) -> int:
-    """Bytes of a model's initializers, those in ``If`` and ``Loop`` bodies included. Reads none of them."""
-    return sum(
-        value.const_value.nbytes for graph in model.graphs() for value in graph.initializers.values() if value.const_value is not None
     )
 
 

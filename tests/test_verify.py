@@ -12,14 +12,15 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from polygraphy.backend.base import BaseRunner
 from polygraphy.comparator import Comparator, RunResults
+from polygraphy.logger import G_LOGGER
 
 from fqonnx import artifact
-from fqonnx import verify as module
+from fqonnx.calib.stream import StreamedModel
 from fqonnx.errors import ArtifactError, DataError, EngineError, ModelError
-from fqonnx.model import load
+from fqonnx.model import inputs, load
 from fqonnx.recipe import Recipe
 from fqonnx.report import DataReport, GroupReport, save_report
-from fqonnx.verify import Comparison, verify
+from fqonnx.verify import Comparison, limits, runners, verify
 from tests.report_samples import realistic_report
 
 RNG = np.random.default_rng(0)
@@ -272,7 +273,7 @@ def test_a_model_that_the_runtime_refuses(tmp_path):
 @pytest.mark.parametrize("external", [False, True])
 @pytest.mark.parametrize("tap_bytes", [1, 1 << 28])
 def test_layers_are_compared_by_value_name(tmp_path, monkeypatch, external, tap_bytes):
-    monkeypatch.setattr(module, "TAP_BYTES", tap_bytes)  # 1: every value takes a pass of its own
+    monkeypatch.setattr(limits, "TAP_BYTES", tap_bytes)  # 1: every value takes a pass of its own
     a = mlp(tmp_path / "a.onnx", external=external)
     b = mlp(tmp_path / "b.onnx", w1=noisy(W1), external=external)
     data = feeds()
@@ -411,19 +412,19 @@ def test_streamed_runs_give_the_same_figures(tmp_path, monkeypatch):
     data = texts((9, 4, 7, 5, 6))
     whole = verify(a, b, data, layers={"head": ["out"]})
     made = []
-    streamed = module.StreamedRunner
+    streamed = runners.StreamedRunner
 
     class Recording(streamed):
         def prefetch(self, chunk):
             made.append(len(chunk))
             return super().prefetch(chunk)
 
-    monkeypatch.setattr(module, "StreamedRunner", Recording)
-    monkeypatch.setattr(module, "SESSION_BYTES", 0)
+    monkeypatch.setattr(runners, "StreamedRunner", Recording)
+    monkeypatch.setattr(limits, "SESSION_BYTES", 0)
     report = verify(a, b, data, layers={"head": ["out"]})
     assert (report.outputs, report.language, report.groups) == (whole.outputs, whole.language, whole.groups)
     assert made == [1, 1, 4, 4] * 2  # one sample tells how much a sample takes, then as many as fit
-    monkeypatch.setattr(module, "TAP_BYTES", 1)
+    monkeypatch.setattr(limits, "TAP_BYTES", 1)
     made.clear()
     assert verify(a, b, data).outputs == whole.outputs
     assert made == [1] * 10
@@ -431,7 +432,7 @@ def test_streamed_runs_give_the_same_figures(tmp_path, monkeypatch):
 
 def test_a_streamed_runner_needs_no_prefetch(tmp_path):
     model = load(mlp(tmp_path / "a.onnx"))
-    runner = module.StreamedRunner("s", module.StreamedModel(model, tmp_path), module.model_file.inputs(model), ["y"])
+    runner = runners.StreamedRunner("s", StreamedModel(model, tmp_path), inputs(model), ["y"])
     x = feeds(1)[0]["x"]
     with runner:
         np.testing.assert_allclose(runner.infer({"x": x})["y"], forward(x), rtol=1e-4, atol=1e-4)
@@ -512,7 +513,7 @@ class Fixed(BaseRunner):
 def test_the_comparison_is_a_polygraphy_compare_func():
     comparison = Comparison()
     data = [{"x": np.array([3, 4], np.float32)}, {"x": np.array([1, np.nan], np.float32)}]
-    with module.G_LOGGER.verbosity(module.G_LOGGER.CRITICAL + 1):
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
         runs = Comparator.run([Fixed("a", 1.0), Fixed("b", 1.5)], data_loader=data)
         assert isinstance(runs, RunResults)
         results = Comparator.compare_accuracy(runs, compare_func=comparison)
