@@ -415,6 +415,43 @@ def test_missing_inputs_are_derived_by_the_graphs_own_use(tmp_path: Path, caplog
     assert "input 'keep' is not in the data: taken as ones like 'tokens'" in caplog.text
 
 
+PAST = """
+<ir_version: 10, opset_import: ["" : 21]>
+decoder (int64[batch,sequence] input_ids, int64[batch,total] attention_mask, float[batch,2,past,4] past_key_values_0_key)
+    => (float[batch,2,total,4] present) <float[9,8] table>
+{
+    x = Gather (table, input_ids)
+    heads = Constant <value_ints: ints = [0, 0, 2, 4]> ()
+    split = Reshape (x, heads)
+    key = Transpose <perm: ints = [0, 2, 1, 3]> (split)
+    keys = Concat <axis: int = 2> (past_key_values_0_key, key)
+    axes = Constant <value_ints: ints = [1, 3]> ()
+    kept = Unsqueeze (attention_mask, axes)
+    weight = Cast <to: int = 1> (kept)
+    present = Mul (keys, weight)
+}
+"""
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_decoder_without_past_in_the_data_starts_without_one(tmp_path: Path, caplog: pytest.LogCaptureFixture, batch_size: int) -> None:
+    from fqonnx.model import inputs
+
+    proto = onnx.parser.parse_model(PAST)
+    proto.graph.initializer.append(numpy_helper.from_array(np.ones((9, 8), np.float32), "table"))
+    model = ir.from_proto(proto)
+    path = save(tmp_path / "d.npz", input_ids=np.arange(8).reshape(2, 4))
+    with caplog.at_level(logging.INFO):
+        got = feeds(path, *inputs(model), model=model, batch_size=batch_size)
+    assert got[0]["past_key_values_0_key"].shape == (batch_size, 2, 0, 4)
+    assert got[0]["attention_mask"].tolist() == [[1] * 4] * batch_size
+    assert "every sample starts without a past" in caplog.text
+    given = save(tmp_path / "given.npz", input_ids=np.arange(8).reshape(2, 4), past_key_values_0_key=np.ones((2, 2, 3, 4), np.float32))
+    feed = feeds(given, *inputs(model), model=model)[0]
+    assert feed["past_key_values_0_key"].shape == (1, 2, 3, 4)
+    assert feed["attention_mask"].shape == (1, 7)
+
+
 def test_ids_outside_the_models_table_are_refused(tmp_path: Path) -> None:
     from fqonnx.model import inputs
 

@@ -98,7 +98,8 @@ class CheckedSource:
 
     Casts that lose nothing are made and said once in the log: between integers where every value fits, between floats where nothing
     overflows, booleans to integers, and 0/1 integers to booleans or floats. Inputs that the data lack are derived from the ids where the
-    graph says what they are (mask: ones; positions: 0, 1, 2, ...; segments: zeros), and said in the log.
+    graph says what they are (mask: ones; positions: 0, 1, 2, ...; segments: zeros; past keys and values: of no tokens), and said in
+    the log.
 
     Args:
         reader: Where samples come from.
@@ -259,7 +260,7 @@ class _Checker:
                     other, by = symbols.setdefault(wanted, (size, name))
                     if size != other:
                         raise DataError(f"{where}: {wanted} is {size} here but {other} in {by!r}: give inputs of one sample the same sizes")
-            if not feed[name].size:
+            if not feed[name].size and not self._may_be_empty(name):
                 raise DataError(f"{where}: shape {_shown(shape)} holds no values: leave the sample out")
 
     def _cast(self, where: str, array: npt.NDArray[Any], item: ModelInput) -> npt.NDArray[Any]:
@@ -294,18 +295,30 @@ class _Checker:
             raise DataError(f"{where}: holds Inf: repair or leave out the sample")
 
     def _derivable(self, name: str, feed: Feeds) -> bool:
-        return self._kind(name) in ("mask", "positions", "segments") and self._ids(feed) is not None
+        return (self._kind(name) in ("mask", "positions", "segments") or self._may_be_empty(name)) and self._ids(feed) is not None
+
+    def _may_be_empty(self, name: str) -> bool:
+        """Whether the input is keys or values of earlier tokens, ``[batch, heads, past, size]``, of which there may be none."""
+        role, shape = self._roles.get(name), self._inputs[name].shape
+        return role is not None and role.kind == "past" and len(shape) == 4 and not isinstance(shape[2], int)
 
     def _derived(self, item: ModelInput, feed: Feeds) -> npt.NDArray[Any]:
         kind = self._kind(item.name)
         ids = self._ids(feed)
         assert ids is not None
         shape = feed[ids].shape
+        if self._may_be_empty(item.name):
+            self._say(f"{self._source}: the model's past keys and values are not in the data: every sample starts without a past")
+            sizes = [size if isinstance(size, int) else 0 for size in item.shape[1:]]
+            return np.zeros([item.shape[0] if isinstance(item.shape[0], int) else shape[0], *sizes], item.dtype)
         made = {"mask": "ones", "positions": "0, 1, 2, ...", "segments": "zeros"}[kind]
         self._say(f"{self._source}: the model's input {item.name!r} is not in the data: taken as {made} like {ids!r}")
+        past = next((feed[name].shape[2] for name in feed if self._may_be_empty(name)), 0)
         if kind == "positions":
-            return np.broadcast_to(np.arange(shape[-1], dtype=item.dtype), shape).copy()
-        return np.full(shape, 1 if kind == "mask" else 0, dtype=item.dtype)
+            return np.broadcast_to(np.arange(past, past + shape[-1], dtype=item.dtype), shape).copy()
+        if kind == "mask":  # of a decoder's it covers the past too
+            return np.ones((*shape[:-1], past + shape[-1]), item.dtype)
+        return np.zeros(shape, item.dtype)
 
     def _kind(self, name: str) -> str:
         """What an input is, by the graph; by its name alone where the graph is not known."""
