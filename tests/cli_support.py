@@ -110,9 +110,10 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", **more}
 
 
-def run_process(*args: str | Path, timeout: float = 120, **options: Any) -> Run:
-    """Run the command line as a user would."""
-    done = subprocess.run(command(*args), capture_output=True, text=True, timeout=timeout, check=False, env=environment(), **options)
+def run_process(*args: str | Path, timeout: float = 120, measured: bool = True, **options: Any) -> Run:
+    """Run the command line as a user would; ``measured=False`` without coverage, whose own file a limited process could not write."""
+    env = {name: value for name, value in environment().items() if measured or not name.startswith("COVERAGE_")}
+    done = subprocess.run(command(*args), capture_output=True, text=True, timeout=timeout, check=False, env=env, **options)
     return Run(done.returncode, done.stdout, done.stderr)
 
 
