@@ -13,7 +13,6 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from fqonnx.calib.solution import GroupSolution
-from fqonnx.numerics import kron_fold
 from fqonnx.passes import linears
 from fqonnx.passes.prepare import prepare
 
@@ -200,8 +199,9 @@ def solve(
         n1 = next(d for d in range(int(k**0.5), 0, -1) if k % d == 0)
         channel_scale = np.exp2(rng.uniform(-1, 1, k)).astype(np.float32) if scaled else None
         left, right = (matrix(rng, n1), matrix(rng, k // n1)) if transform else (None, None)
-        one = np.ones((1, 1), np.float32)
-        weight = kron_fold(group.read_weights(), *((one, np.eye(k, dtype=np.float32)) if left is None else (left, right)), channel_scale)
+        weight = group.read_weights() * (1 if channel_scale is None else channel_scale)
+        if left is not None and right is not None:
+            weight = (weight @ np.linalg.inv(np.kron(left, right).astype(np.float64)).T).astype(np.float32)
         blocks = weight.reshape(n, -1, group_size or k)
         qmax = 2 ** (scheme.weight_bits - 1) - 1
         scales = np.abs(blocks).max(axis=2, keepdims=True) / np.float32(qmax)

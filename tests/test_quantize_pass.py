@@ -15,7 +15,6 @@ from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from fqonnx.errors import CalibrationError
-from fqonnx.numerics import kron_apply
 from fqonnx.ops.reference import flat_quantize
 from fqonnx.passes.edit import GROUP_TAG, LINEAR_TAG
 from fqonnx.passes.pipeline import check
@@ -74,7 +73,8 @@ def expected_outputs(group: LinearGroup, solution: GroupSolution, scheme: str, t
         np.testing.assert_allclose(scale_run, scale, rtol=1e-5 if dtype == FP32 else 1e-3)
         x = (q_run * scale_run).astype(numpy)
     elif solution.left is not None:
-        x = kron_apply(x.astype(np.float64), solution.left, solution.right).astype(numpy)
+        assert solution.right is not None
+        x = (x.astype(np.float64) @ np.kron(solution.left, solution.right)).astype(numpy)
     n, k = solution.codes.shape
     weight = (solution.codes.reshape(n, solution.scales.shape[1], -1) * solution.scales[:, :, None].astype(np.float64)).reshape(n, k)
     outputs, start = [], 0
