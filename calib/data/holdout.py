@@ -47,6 +47,9 @@ class Part:
             elif first < last:
                 yield {name: array[first:last] for name, array in feed.items()}
 
+    def __len__(self) -> int:
+        return self.length
+
     @property
     def length(self) -> int:
         """Feeds."""
