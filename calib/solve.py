@@ -179,7 +179,7 @@ def run_task(task: GroupTask) -> None:
     stats = None if task.stats is None else GroupStats.from_arrays(stores.read(Path(task.stats)))
     weight = stores.read(Path(task.weight))["weight"]
     solution = solve_group(task.name, weight, stats, Recipe.from_dict(task.recipe), seed=task.seed, out_features=task.out_features)
-    stores.write(Path(task.result), solution.to_arrays(), {"key": task.key, "group": task.name, "metrics": solution.metrics})
+    stores.write_solution(Path(task.result), solution, task.key)
 
 
 class _Tasks:

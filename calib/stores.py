@@ -62,9 +62,6 @@ class GroupStore:
             raise CalibrationError(f"group {name!r} has no {self.what}: run the build again")
         return read(self._files[name])
 
-    def _write(self, name: str, arrays: Mapping[str, npt.NDArray[Any]], **metadata: Any) -> None:
-        write(self._files[name], arrays, {"key": self._key, "group": name, **metadata})
-
 
 class StatsStore(GroupStore):
     """Statistics of groups."""
@@ -81,7 +78,7 @@ class StatsStore(GroupStore):
 
     def save(self, name: str, stats: GroupStats) -> None:
         """Write one group's statistics."""
-        self._write(name, stats.to_arrays())
+        write(self._files[name], stats.to_arrays(), {"key": self._key, "group": name})
 
 
 class SolutionStore(GroupStore):
@@ -99,7 +96,7 @@ class SolutionStore(GroupStore):
 
     def save(self, solution: GroupSolution) -> None:
         """Write one group's solution."""
-        self._write(solution.group, solution.to_arrays(), metrics=solution.metrics)
+        write_solution(self._files[solution.group], solution, self._key)
 
 
 def write(path: Path, arrays: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, Any]) -> None:
@@ -128,6 +125,11 @@ def write(path: Path, arrays: Mapping[str, npt.NDArray[Any]], metadata: Mapping[
     sync(partial)
     partial.replace(path)
     sync(path.parent)
+
+
+def write_solution(path: Path, solution: GroupSolution, key: str) -> None:
+    """Write the file that a ``SolutionStore`` of this key reads, for whoever knows the path but not the store."""
+    write(path, solution.to_arrays(), {"key": key, "group": solution.group, "metrics": solution.metrics})
 
 
 def read(path: Path) -> Arrays:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import collections
 import logging
 import os
+import sys
 import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import click
 import onnx_ir as ir
 
+from fqonnx.errors import FqonnxError
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -103,3 +107,12 @@ def quiet_exporter() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def run_program(program: Callable[[], object]) -> None:
+    """Run a sample's command line; what the user can mend ends in one line."""
+    try:
+        program()
+    except FqonnxError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)

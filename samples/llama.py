@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from fqonnx.errors import DataError, FqonnxError, ModelError
+from fqonnx.errors import DataError, ModelError
 from fqonnx.progress import RichProgress, Silent
 
 sys.path.insert(0, str(Path(__file__).parent))  # `exporting` lies beside this file, wherever it is imported from
-from exporting import EXTERNAL_BYTES, OPSET, export, histogram, offline
+from exporting import EXTERNAL_BYTES, OPSET, export, histogram, offline, run_program
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -402,12 +402,8 @@ def perplexity_command(model: Path, tokens: str, windows: int, length: int) -> N
 
 
 def main() -> None:
-    """Run the program; what the user can mend ends in one line."""
-    try:
-        program()
-    except FqonnxError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+    """Run the program."""
+    run_program(program)
 
 
 if __name__ == "__main__":

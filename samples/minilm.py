@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from fqonnx.errors import FqonnxError, ModelError
+from fqonnx.errors import ModelError
 from fqonnx.progress import RichProgress
 from fqonnx.recipe import Recipe
 
 sys.path.insert(0, str(Path(__file__).parent))  # `exporting` lies beside this file, wherever it is imported from
-from exporting import export, histogram, offline
+from exporting import export, histogram, offline, run_program
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -371,12 +371,8 @@ def program(out: Path, baselines: bool, min_cosine: float, seed: int) -> None:
 
 
 def main() -> None:
-    """Run the program; what the user can mend ends in one line."""
-    try:
-        program()
-    except FqonnxError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+    """Run the program."""
+    run_program(program)
 
 
 if __name__ == "__main__":
