@@ -47,4 +47,6 @@ extern const GemmKernel W4A4Gemm_mma_s8;
 extern const QuantizeKernel FlatQuantize_wgmma_f16;
 extern const QuantizeKernel FlatQuantize_mma_f16;
 
+fq_status launch_dequantize(const fq_dequantize_params& params, cudaStream_t stream);  // rows > 0
+
 }  // namespace fq
