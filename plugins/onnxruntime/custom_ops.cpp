@@ -1,0 +1,669 @@
+// ONNX Runtime's custom ops FlatQuantize and W4A4Gemm of domain fqonnx for its CUDA provider, over the C API of kernels/fqonnx.h.
+//
+// A model carries the same ops as local functions. Where this library is registered its schema stands before the function: ONNX Runtime
+// runs the kernel, and refuses the model where none fits; it does not go back to the function.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+#include <onnxruntime_c_api.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../kernels/fqonnx.h"
+
+namespace fq::ort {
+namespace {
+
+// What is used of the interface is in every version from this one on, so that one library serves all of them.
+constexpr uint32_t kApiVersion = 21;
+static_assert(ORT_API_VERSION >= kApiVersion, "the headers of ONNX Runtime are older than 1.21");
+
+constexpr const char* kDomain = "fqonnx";
+constexpr const char* kProvider = "CUDAExecutionProvider";
+
+using Shape = std::vector<int64_t>;
+
+struct Failure : std::runtime_error {
+  explicit Failure(const std::string& message, OrtErrorCode code = ORT_INVALID_ARGUMENT) : std::runtime_error(message), code(code) {}
+  OrtErrorCode code;
+};
+
+std::string text(const Shape& shape) {
+  std::string joined = "[";
+  for (size_t i = 0; i < shape.size(); ++i) joined += (i ? ", " : "") + std::to_string(shape[i]);
+  return joined + "]";
+}
+
+int64_t product(const Shape& shape, size_t count) {
+  int64_t size = 1;
+  for (size_t i = 0; i < count; ++i) size *= shape[i];
+  return size;
+}
+
+void require(bool holds, const char* message) {
+  if (!holds) throw Failure(message);
+}
+
+// Takes the status's message over into an exception.
+void check(const OrtApi& api, OrtStatus* status) {
+  if (status == nullptr) return;
+  Failure failure(api.GetErrorMessage(status), api.GetErrorCode(status));
+  api.ReleaseStatus(status);
+  throw failure;
+}
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw Failure(std::string(what) + ": " + cudaGetErrorString(error), ORT_EP_FAIL);
+}
+
+void check(fq_status status, const char* op) {
+  if (status == FQ_OK) return;
+  throw Failure(std::string(op) + ": " + fq_last_error(), status == FQ_INVALID_ARGUMENT ? ORT_INVALID_ARGUMENT : ORT_EP_FAIL);
+}
+
+// The border to ONNX Runtime: no exception passes it.
+template <class F>
+OrtStatus* guarded(const OrtApi& api, F&& body) noexcept {
+  try {
+    body();
+    return nullptr;
+  } catch (const Failure& failure) {
+    return api.CreateStatus(failure.code, failure.what());
+  } catch (const std::exception& error) {
+    return api.CreateStatus(ORT_FAIL, error.what());
+  }
+}
+
+// ONNX's number of a float type as the interface's.
+ONNXTensorElementDataType element_type(int64_t dtype) {
+  switch (dtype) {
+    case FQ_FLOAT:
+      return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    case FQ_FLOAT16:
+      return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+    case FQ_BFLOAT16:
+      return ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
+  }
+  throw Failure("W4A4Gemm: attribute dtype is 1, 10 or 16, not " + std::to_string(dtype));
+}
+
+// --- tensors --------------------------------------------------------------------------------------------------------------------------
+
+using ShapeInfo = std::unique_ptr<OrtTensorTypeAndShapeInfo, void (*)(OrtTensorTypeAndShapeInfo*)>;
+
+Shape shape_of(const OrtApi& api, const OrtValue* value) {
+  OrtTensorTypeAndShapeInfo* info = nullptr;
+  check(api, api.GetTensorTypeAndShape(value, &info));
+  const ShapeInfo owner(info, api.ReleaseTensorTypeAndShapeInfo);
+  size_t rank = 0;
+  check(api, api.GetDimensionsCount(info, &rank));
+  Shape shape(rank);
+  check(api, api.GetDimensions(info, shape.data(), rank));
+  return shape;
+}
+
+template <class T>
+const T* data_of(const OrtApi& api, const OrtValue* value) {
+  void* data = nullptr;  // the interface has no const form; nothing is written through it
+  check(api, api.GetTensorMutableData(const_cast<OrtValue*>(value), &data));
+  return static_cast<const T*>(data);
+}
+
+// One call of a kernel: its inputs, outputs and stream.
+class Call {
+ public:
+  Call(const OrtApi& api, OrtKernelContext* context) : api_(api), context_(context) {}
+
+  const OrtValue* input(size_t index) const {
+    const OrtValue* value = nullptr;
+    check(api_, api_.KernelContext_GetInput(context_, index, &value));
+    return value;
+  }
+
+  template <class T>
+  const T* data(size_t index) const {
+    return data_of<T>(api_, input(index));
+  }
+
+  template <class T>
+  T* output(size_t index, const Shape& shape) const {
+    OrtValue* value = nullptr;
+    void* data = nullptr;
+    check(api_, api_.KernelContext_GetOutput(context_, index, shape.data(), shape.size(), &value));
+    check(api_, api_.GetTensorMutableData(value, &data));
+    return static_cast<T*>(data);
+  }
+
+  fq_stream stream() const {
+    void* stream = nullptr;
+    check(api_, api_.KernelContext_GetGPUComputeStream(context_, &stream));
+    return static_cast<fq_stream>(stream);
+  }
+
+ private:
+  const OrtApi& api_;
+  OrtKernelContext* context_;
+};
+
+// --- a node, when its kernel is made --------------------------------------------------------------------------------------------------
+
+class Node {
+ public:
+  Node(const OrtApi& api, const OrtKernelInfo* info) : api_(api), info_(info) {}
+
+  // Attributes that a node leaves out have the defaults of the op's function.
+  int64_t integer(const char* name, int64_t otherwise) const {
+    int64_t value = 0;
+    return present(api_.KernelInfoGetAttribute_int64(info_, name, &value)) ? value : otherwise;
+  }
+
+  std::string string(const char* name, const char* otherwise) const {
+    size_t size = 0;
+    if (!present(api_.KernelInfoGetAttribute_string(info_, name, nullptr, &size))) return otherwise;
+    std::string value(size, '\0');
+    check(api_, api_.KernelInfoGetAttribute_string(info_, name, value.data(), &size));
+    value.resize(size ? size - 1 : 0);  // without the terminating zero
+    return value;
+  }
+
+  Shape integers(const char* name, const Shape& otherwise) const {
+    size_t size = 0;
+    if (!present(api_.KernelInfoGetAttributeArray_int64(info_, name, nullptr, &size))) return otherwise;
+    Shape values(size);
+    check(api_, api_.KernelInfoGetAttributeArray_int64(info_, name, values.data(), &size));
+    return values;
+  }
+
+  bool flag(const char* name) const {
+    const int64_t value = integer(name, 0);
+    if (value != 0 && value != 1) throw Failure(std::string("attribute ") + name + " is 0 or 1, not " + std::to_string(value));
+    return value == 1;
+  }
+
+  // Every op of the domain names the version of its meaning.
+  void require_version() const {
+    const std::string version = string("plugin_version", "1");
+    if (version == "1") return;
+    throw Failure("the node is of version " + version + " of the fqonnx ops, this library knows 1: build the library anew");
+  }
+
+  // The tensor of an input that is an initializer; null where it is computed.
+  const OrtValue* constant(size_t index) const {
+    int is_constant = 0;
+    const OrtValue* value = nullptr;
+    check(api_, api_.KernelInfoGetConstantInput_tensor(info_, index, &is_constant, &value));
+    return is_constant ? value : nullptr;
+  }
+
+  ONNXTensorElementDataType output_type(size_t index) const {
+    OrtTypeInfo* info = nullptr;
+    check(api_, api_.KernelInfo_GetOutputTypeInfo(info_, index, &info));
+    const std::unique_ptr<OrtTypeInfo, decltype(api_.ReleaseTypeInfo)> owner(info, api_.ReleaseTypeInfo);
+    const OrtTensorTypeAndShapeInfo* tensor = nullptr;  // the type's
+    ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+    check(api_, api_.CastTypeInfoToTensorInfo(info, &tensor));
+    check(api_, api_.GetTensorElementType(tensor, &type));
+    return type;
+  }
+
+  OrtAllocator* allocator() const {
+    OrtAllocator* allocator = nullptr;
+    check(api_, api_.KernelInfoGetAllocator(info_, OrtMemTypeDefault, &allocator));
+    return allocator;
+  }
+
+ private:
+  bool present(OrtStatus* status) const {
+    if (status == nullptr) return true;
+    api_.ReleaseStatus(status);
+    return false;
+  }
+
+  const OrtApi& api_;
+  const OrtKernelInfo* info_;
+};
+
+// Device memory from the session's own allocator, so that its memory limit and device hold for it.
+class DeviceBuffer {
+ public:
+  DeviceBuffer(const OrtApi& api, const Node& node, const std::vector<uint16_t>& values) : api_(api), allocator_(node.allocator()) {
+    const size_t bytes = values.size() * sizeof(uint16_t);
+    data_ = allocator_->Alloc(allocator_, bytes);
+    const cudaError_t error = data_ ? cudaMemcpy(data_, values.data(), bytes, cudaMemcpyHostToDevice) : cudaErrorMemoryAllocation;
+    if (error != cudaSuccess) release();
+    check(error, "copying a factor");
+  }
+  DeviceBuffer(const DeviceBuffer&) = delete;
+  DeviceBuffer& operator=(const DeviceBuffer&) = delete;
+  ~DeviceBuffer() { release(); }
+
+  const void* data() const { return data_; }
+
+ private:
+  void release() {
+    if (data_ != nullptr) allocator_->Free(allocator_, data_);
+    api_.ReleaseAllocator(allocator_);
+  }
+
+  const OrtApi& api_;
+  OrtAllocator* allocator_;
+  void* data_ = nullptr;
+};
+
+// --- FlatQuantize ---------------------------------------------------------------------------------------------------------------------
+
+enum FlatQuantizeInput : size_t { kX, kLeft, kRight, kClip, kFlatQuantizeInputs };
+
+int32_t factor_size(const Shape& shape, const char* which) {
+  if (shape.size() != 2 || shape[0] != shape[1]) throw Failure(std::string("FlatQuantize: ") + which + " is square, not " + text(shape));
+  return static_cast<int32_t>(shape[0]);
+}
+
+std::vector<float> read_factor(const OrtApi& api, const OrtValue* value, int32_t size) {
+  std::vector<float> values(static_cast<size_t>(size) * size);
+  // The provider keeps initializers on the device; before that they are in host memory, which the direction "default" tells apart.
+  check(cudaMemcpy(values.data(), data_of<float>(api, value), values.size() * sizeof(float), cudaMemcpyDefault), "reading a factor");
+  return values;
+}
+
+// Rounded to a 16-bit type; empty where a value leaves its range.
+std::vector<uint16_t> round_factor(const std::vector<float>& values, int32_t dtype) {
+  std::vector<uint16_t> rounded;
+  rounded.reserve(values.size());
+  for (const float value : values) {
+    const bool half = dtype == FQ_FLOAT16;
+    if (half && std::isinf(__half2float(__float2half_rn(value)))) return {};
+    rounded.push_back(half ? __half_as_ushort(__float2half_rn(value)) : __bfloat16_as_ushort(__float2bfloat16_rn(value)));
+  }
+  return rounded;
+}
+
+class FlatQuantize {
+ public:
+  FlatQuantize(const OrtApi& api, const OrtKernelInfo* info, int32_t dtype) : api_(api), dtype_(dtype) {
+    const Node node(api, info);
+    node.require_version();
+    bits_ = static_cast<int32_t>(node.integer("bits", 4));
+    if (bits_ != 4 && bits_ != 8) throw Failure("FlatQuantize: attribute bits is 4 or 8, not " + std::to_string(bits_));
+    packed_ = node.flag("packed");
+    require(!packed_ || bits_ == 4, "FlatQuantize: 8-bit codes cannot be packed two a byte");
+    keep_constant_factors(node);
+  }
+
+  void compute(OrtKernelContext* context) const {
+    const Call call(api_, context);
+    const Shape x = shape_of(api_, call.input(kX));
+    require(!x.empty(), "FlatQuantize: x has rank 1 or more");
+    const int64_t k = x.back(), rows = product(x, x.size() - 1);
+    require(!packed_ || k % 2 == 0, "FlatQuantize: an odd number of codes cannot be packed two a byte");
+    Shape q = x, scale = x;
+    q.back() = packed_ ? k / 2 : k;
+    scale.back() = 1;
+
+    fq_flat_quantize_params params{};
+    params.q = call.output<void>(0, q);
+    params.scale = call.output<float>(1, scale);
+    if (rows == 0) return;
+    params.x = call.data<void>(kX);
+    params.clip_ptr = call.data<float>(kClip);
+    params.rows = rows;
+    params.k = params.x_stride = k;
+    params.dtype = dtype_;
+    params.bits = bits_;
+    params.container = packed_ ? FQ_PACKED : FQ_INT8;
+    params.factor_dtype = FQ_FLOAT;
+    if (constant_) {
+      params.n1 = constant_->n1;
+      params.n2 = constant_->n2;
+      if (constant_->left) {
+        params.left = constant_->left->data();
+        params.right = constant_->right->data();
+        params.factor_dtype = dtype_;
+      } else if (!constant_->identity) {
+        params.left = call.data<float>(kLeft);
+        params.right = call.data<float>(kRight);
+      }
+    } else {
+      params.n1 = factor_size(shape_of(api_, call.input(kLeft)), "left");
+      params.n2 = factor_size(shape_of(api_, call.input(kRight)), "right");
+      params.left = call.data<float>(kLeft);
+      params.right = call.data<float>(kRight);
+    }
+    check(fq_flat_quantize(&params, call.stream()), "FlatQuantize");
+  }
+
+ private:
+  // Factors that are initializers: rounded to x's type here, once, and not in every call. fp32 stays where x is fp32 or a value would not
+  // fit.
+  struct Factors {
+    int32_t n1, n2;
+    bool identity = false;  // [[1]] and [[1]]: no transform
+    std::unique_ptr<DeviceBuffer> left, right;
+  };
+
+  void keep_constant_factors(const Node& node) {
+    const OrtValue *left = node.constant(kLeft), *right = node.constant(kRight);
+    if (left == nullptr || right == nullptr) return;
+    constant_.emplace();
+    constant_->n1 = factor_size(shape_of(api_, left), "left");
+    constant_->n2 = factor_size(shape_of(api_, right), "right");
+    const bool scalars = constant_->n1 == 1 && constant_->n2 == 1;
+    if (dtype_ == FQ_FLOAT && !scalars) return;
+    const std::vector<float> left_values = read_factor(api_, left, constant_->n1), right_values = read_factor(api_, right, constant_->n2);
+    constant_->identity = scalars && left_values[0] == 1.0f && right_values[0] == 1.0f;
+    if (dtype_ == FQ_FLOAT || constant_->identity) return;
+    const std::vector<uint16_t> left_rounded = round_factor(left_values, dtype_), right_rounded = round_factor(right_values, dtype_);
+    if (left_rounded.empty() || right_rounded.empty()) return;
+    constant_->left = std::make_unique<DeviceBuffer>(api_, node, left_rounded);
+    constant_->right = std::make_unique<DeviceBuffer>(api_, node, right_rounded);
+  }
+
+  const OrtApi& api_;
+  int32_t dtype_, bits_;
+  bool packed_;
+  std::optional<Factors> constant_;
+};
+
+// --- W4A4Gemm -------------------------------------------------------------------------------------------------------------------------
+
+enum W4A4GemmInput : size_t { kQ, kScale, kW, kWScale, kBias, kW4A4GemmInputs };
+
+struct NamedLayout {
+  const char* name;
+  fq_layout layout;
+  Shape shape, perm;  // by which the op's function undoes it
+};
+
+// fqonnx/ops/layout.py
+const std::vector<NamedLayout>& layouts() {
+  static const std::vector<NamedLayout> all = {
+      {"plain", FQ_PLAIN, {0, -1}, {0, 1}},
+      {"k128", FQ_K128, {0, -1, 4, 4, 4, 2}, {0, 1, 3, 5, 2, 4}},
+  };
+  return all;
+}
+
+int32_t layout_of(const Node& node) {
+  const std::string name = node.string("layout", "plain");
+  std::string names;
+  for (const NamedLayout& layout : layouts()) {
+    if (name == layout.name) {
+      const Shape shape = node.integers("layout_shape", layouts()[0].shape), perm = node.integers("layout_perm", layouts()[0].perm);
+      require(shape == layout.shape && perm == layout.perm, "W4A4Gemm: attributes layout_shape and layout_perm are not the layout's");
+      return layout.layout;
+    }
+    names += std::string(names.empty() ? "" : ", ") + layout.name;
+  }
+  throw Failure("W4A4Gemm: unknown weight layout " + name + ": this library knows " + names);
+}
+
+class W4A4Gemm {
+ public:
+  W4A4Gemm(const OrtApi& api, const OrtKernelInfo* info, int32_t) : api_(api) {
+    const Node node(api, info);
+    node.require_version();
+    packed_ = node.flag("packed");
+    layout_ = layout_of(node);
+    dtype_ = static_cast<int32_t>(node.integer("dtype", FQ_FLOAT));
+    require(node.output_type(0) == element_type(dtype_), "W4A4Gemm: attribute dtype is not the type that the model states for its output");
+    const OrtValue *w = node.constant(kW), *w_scale = node.constant(kWScale), *bias = node.constant(kBias);
+    if (w == nullptr || w_scale == nullptr || bias == nullptr) return;
+    weight_ = checked(shape_of(api, w), shape_of(api, w_scale), shape_of(api, bias));
+  }
+
+  void compute(OrtKernelContext* context) const {
+    const Call call(api_, context);
+    const auto shape = [&](size_t index) { return shape_of(api_, call.input(index)); };
+    const Weight weight = weight_ ? *weight_ : checked(shape(kW), shape(kWScale), shape(kBias));
+    Shape y = shape(kQ);
+    const Shape scale = shape(kScale);
+    require(!y.empty(), "W4A4Gemm: q has rank 1 or more");
+    const int64_t rows = product(y, y.size() - 1);
+    if ((packed_ ? 2 : 1) * y.back() != weight.k || scale.empty() || scale.back() != 1 || product(scale, scale.size()) != rows) {
+      throw Failure("W4A4Gemm: q " + text(y) + " and scale " + text(scale) + " do not fit a weight of " + text({weight.n, weight.k}));
+    }
+    y.back() = weight.n;
+
+    fq_w4a4_gemm_params params{};
+    params.y = call.output<void>(0, y);
+    if (rows == 0) return;
+    params.q = call.data<void>(kQ);
+    params.scale = call.data<float>(kScale);
+    params.w = call.data<void>(kW);
+    params.w_scale = call.data<float>(kWScale);
+    params.bias = call.data<float>(kBias);
+    params.m = rows;
+    params.n = weight.n;
+    params.k = weight.k;
+    params.groups = weight.groups;
+    params.dtype = dtype_;
+    params.container = packed_ ? FQ_PACKED : FQ_INT8;
+    params.layout = layout_;
+    check(fq_w4a4_gemm(&params, call.stream()), "W4A4Gemm");
+  }
+
+ private:
+  struct Weight {
+    int64_t n, k, groups;
+  };
+
+  static Weight checked(const Shape& w, const Shape& w_scale, const Shape& bias) {
+    if (w.size() != 2 || w_scale.size() != 2 || w_scale[0] != w[0] || w_scale[1] < 1 || w[1] % w_scale[1] || bias != Shape{w[0]}) {
+      throw Failure("W4A4Gemm: w " + text(w) + ", w_scale " + text(w_scale) + " and bias " + text(bias) + " do not fit");
+    }
+    return {w[0], w[1], w_scale[1]};
+  }
+
+  const OrtApi& api_;
+  int32_t dtype_, layout_;
+  bool packed_;
+  std::optional<Weight> weight_;
+};
+
+// --- shapes and types, when a model is loaded -----------------------------------------------------------------------------------------
+
+struct Dim {
+  int64_t value = -1;
+  std::string symbol;
+};
+
+// Names for sizes that nothing is known of: a name may stand once only, for equal names are equal sizes.
+Dim unknown_dim() {
+  static std::atomic<uint64_t> count{0};
+  return {-1, "fqonnx_dim_" + std::to_string(count++)};
+}
+
+class Inference {
+ public:
+  Inference(const OrtApi& api, OrtShapeInferContext* context) : api_(api), context_(context) {}
+
+  // Empty where the rank is not known: none of the inputs asked for is a scalar.
+  std::vector<Dim> input(size_t index) const {
+    OrtTensorTypeAndShapeInfo* info = nullptr;  // the context's
+    check(api_, api_.ShapeInferContext_GetInputTypeShape(context_, index, &info));
+    size_t rank = 0;
+    check(api_, api_.GetDimensionsCount(info, &rank));
+    Shape values(rank);
+    std::vector<const char*> symbols(rank);
+    check(api_, api_.GetDimensions(info, values.data(), rank));
+    check(api_, api_.GetSymbolicDimensions(info, symbols.data(), rank));
+    std::vector<Dim> dims;
+    for (size_t i = 0; i < rank; ++i) {
+      const bool named = symbols[i] != nullptr && *symbols[i] != '\0';
+      dims.push_back(named ? Dim{-1, symbols[i]} : values[i] >= 0 ? Dim{values[i], ""} : unknown_dim());
+    }
+    return dims;
+  }
+
+  int64_t integer(const char* name, int64_t otherwise) const {
+    const OrtOpAttr* attribute = nullptr;
+    int64_t value = 0;
+    size_t size = 0;
+    OrtStatus* status = api_.ShapeInferContext_GetAttribute(context_, name, &attribute);
+    if (status != nullptr) {
+      api_.ReleaseStatus(status);
+      return otherwise;
+    }
+    check(api_, api_.ReadOpAttr(attribute, ORT_OP_ATTR_INT, &value, sizeof(value), &size));
+    return value;
+  }
+
+  void output(size_t index, const std::vector<Dim>& dims, ONNXTensorElementDataType type) const {
+    OrtTensorTypeAndShapeInfo* info = nullptr;
+    check(api_, api_.CreateTensorTypeAndShapeInfo(&info));
+    const ShapeInfo owner(info, api_.ReleaseTensorTypeAndShapeInfo);
+    Shape values;
+    std::vector<const char*> symbols;
+    for (const Dim& dim : dims) {
+      values.push_back(dim.value);
+      symbols.push_back(dim.symbol.c_str());
+    }
+    check(api_, api_.SetTensorElementType(info, type));
+    check(api_, api_.SetDimensions(info, values.data(), values.size()));
+    check(api_, api_.SetSymbolicDimensions(info, symbols.data(), symbols.size()));
+    check(api_, api_.ShapeInferContext_SetOutputTypeShape(context_, index, info));
+  }
+
+ private:
+  const OrtApi& api_;
+  OrtShapeInferContext* context_;
+};
+
+void infer_flat_quantize(const Inference& inference) {
+  std::vector<Dim> dims = inference.input(kX);
+  if (dims.empty()) return;
+  std::vector<Dim> scale = dims;
+  scale.back() = {1, ""};
+  if (inference.integer("packed", 0) == 1) dims.back() = dims.back().value >= 0 ? Dim{dims.back().value / 2, ""} : unknown_dim();
+  inference.output(0, dims, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8);
+  inference.output(1, scale, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+}
+
+void infer_w4a4_gemm(const Inference& inference) {
+  std::vector<Dim> dims = inference.input(kQ);
+  const std::vector<Dim> w = inference.input(kW);
+  if (dims.empty()) return;  // a type cannot be told without a shape: the model's own statement of it holds
+  dims.back() = w.size() == 2 ? w[0] : unknown_dim();
+  inference.output(0, dims, element_type(inference.integer("dtype", FQ_FLOAT)));
+}
+
+// --- registration ---------------------------------------------------------------------------------------------------------------------
+
+using Types = std::vector<ONNXTensorElementDataType>;
+
+// One signature of an op.
+struct Op : OrtCustomOp {
+  const OrtApi* api;
+  const char* name;
+  int32_t dtype;  // of x, by which FlatQuantize has several
+  Types inputs, outputs;
+  void (*infer)(const Inference&);
+};
+
+const Op& self(const OrtCustomOp* op) { return *static_cast<const Op*>(op); }
+
+template <class Kernel>
+struct Instance {
+  const OrtApi& api;
+  Kernel kernel;
+};
+
+template <class Kernel>
+std::unique_ptr<Op> signature(const OrtApi& api, const char* name, int32_t dtype, Types inputs, Types outputs,
+                              void (*infer)(const Inference&)) {
+  auto op = std::make_unique<Op>();
+  static_cast<OrtCustomOp&>(*op) = OrtCustomOp{};
+  op->version = kApiVersion;
+  op->api = &api;
+  op->name = name;
+  op->dtype = dtype;
+  op->inputs = std::move(inputs);
+  op->outputs = std::move(outputs);
+  op->infer = infer;
+  op->GetName = [](const OrtCustomOp* op) { return self(op).name; };
+  op->GetExecutionProviderType = [](const OrtCustomOp*) { return kProvider; };
+  op->GetInputTypeCount = [](const OrtCustomOp* op) { return self(op).inputs.size(); };
+  op->GetInputType = [](const OrtCustomOp* op, size_t index) { return self(op).inputs[index]; };
+  op->GetOutputTypeCount = [](const OrtCustomOp* op) { return self(op).outputs.size(); };
+  op->GetOutputType = [](const OrtCustomOp* op, size_t index) { return self(op).outputs[index]; };
+  op->GetInputCharacteristic = [](const OrtCustomOp*, size_t) { return INPUT_OUTPUT_REQUIRED; };
+  op->GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return INPUT_OUTPUT_REQUIRED; };
+  op->GetInputMemoryType = [](const OrtCustomOp*, size_t) { return OrtMemTypeDefault; };
+  op->CreateKernelV2 = [](const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
+    return guarded(*api, [&] { *kernel = new Instance<Kernel>{*api, Kernel(*api, info, self(op).dtype)}; });
+  };
+  op->KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
+    const auto& instance = *static_cast<const Instance<Kernel>*>(kernel);
+    return guarded(instance.api, [&] { instance.kernel.compute(context); });
+  };
+  op->KernelDestroy = [](void* kernel) { delete static_cast<Instance<Kernel>*>(kernel); };
+  op->InferOutputShapeFn = [](const OrtCustomOp* op, OrtShapeInferContext* context) {
+    return guarded(*self(op).api, [&] { self(op).infer(Inference(*self(op).api, context)); });
+  };
+  return op;
+}
+
+// What a session refers to for as long as it lives: made once for each ONNX Runtime in the process, and never freed.
+struct Registration {
+  explicit Registration(const OrtApi& api) {
+    constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, kInt8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8,
+                   kInt4 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4, kByAttribute = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+    check(api, api.CreateCustomOpDomain(kDomain, &domain));
+    for (const int32_t dtype : {FQ_FLOAT, FQ_FLOAT16, FQ_BFLOAT16}) {
+      const auto x = element_type(dtype);
+      add(api, signature<FlatQuantize>(api, "FlatQuantize", dtype, {x, kFloat, kFloat, kFloat}, {kInt8, kFloat}, infer_flat_quantize));
+    }
+    // Signatures that differ in the output alone would be told apart by their order: the first one's type would be inferred for all.
+    add(api, signature<W4A4Gemm>(api, "W4A4Gemm", 0, {kInt8, kFloat, kInt4, kFloat, kFloat}, {kByAttribute}, infer_w4a4_gemm));
+  }
+
+  void add(const OrtApi& api, std::unique_ptr<Op> op) {
+    check(api, api.CustomOpDomain_Add(domain, op.get()));
+    ops.push_back(std::move(op));
+  }
+
+  OrtCustomOpDomain* domain = nullptr;
+  std::vector<std::unique_ptr<Op>> ops;
+};
+
+OrtCustomOpDomain* domain_for(const OrtApi& api) {
+  static std::mutex mutex;
+  static auto* const registrations = new std::map<const OrtApi*, Registration>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto found = registrations->find(&api);
+  if (found == registrations->end()) found = registrations->emplace(&api, api).first;
+  return found->second.domain;
+}
+
+// The minor number of "1.31.1" is the newest version of the interface that it has.
+uint32_t newest_api(const char* version) {
+  unsigned major = 0, minor = 0;
+  return std::sscanf(version, "%u.%u", &major, &minor) == 2 && major == 1 ? minor : 0;
+}
+
+}  // namespace
+}  // namespace fq::ort
+
+// What ONNX Runtime calls in the library given to SessionOptions.register_custom_ops_library.
+extern "C" FQ_API OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
+  using namespace fq::ort;
+  const char* const version = base->GetVersionString();
+  if (newest_api(version) < kApiVersion) {
+    const std::string message = "fqonnx's kernels need ONNX Runtime 1." + std::to_string(kApiVersion) + " or newer, this is " + version +
+                                ": upgrade onnxruntime-gpu";
+    return base->GetApi(1)->CreateStatus(ORT_NOT_IMPLEMENTED, message.c_str());
+  }
+  const OrtApi& api = *base->GetApi(kApiVersion);
+  return guarded(api, [&] { check(api, api.AddCustomOpDomain(options, domain_for(api))); });
+}
