@@ -17,6 +17,7 @@ import click
 from fqonnx.cli import terminal
 from fqonnx.cli.build import build
 from fqonnx.cli.inspect import inspect
+from fqonnx.cli.plugin import plugin
 from fqonnx.cli.report import report
 from fqonnx.cli.verify import verify
 from fqonnx.errors import FqonnxError
@@ -84,7 +85,7 @@ def program() -> None:
     """Quantize any exported ONNX transformer to W4A4 with learned FlatQuant transforms, and prove how good it is."""
 
 
-for _command in (inspect, build, verify, report):
+for _command in (inspect, build, verify, report, plugin):
     program.add_command(_command)
 
 

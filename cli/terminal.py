@@ -14,7 +14,9 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from fqonnx.bench import Bench
     from fqonnx.inspect import Inspection
+    from fqonnx.plugins.build import Built
     from fqonnx.progress import Progress
     from fqonnx.report import Report
 
@@ -90,6 +92,30 @@ def show_inspection(inspection: Inspection, *, as_json: bool, quiet: bool) -> No
         from fqonnx.inspect import print_inspection
 
         print_inspection(inspection, Console())
+
+
+def show_bench(result: Bench, *, as_json: bool, quiet: bool) -> None:
+    """Print measured times on stdout: JSON where asked for, else tables unless quiet."""
+    if as_json:
+        _print_json(result.to_dict())
+    elif not quiet:
+        from rich.console import Console
+
+        from fqonnx.bench import print_bench
+
+        print_bench(result, Console())
+
+
+def show_plugin(built: Built, *, as_json: bool, quiet: bool) -> None:
+    """Print a library of kernels on stdout: JSON where asked for, else tables unless quiet."""
+    if as_json:
+        _print_json(built.to_dict())
+    elif not quiet:
+        from rich.console import Console
+
+        from fqonnx.plugins.show import print_library
+
+        print_library(built, Console())
 
 
 def _print_json(value: object) -> None:
