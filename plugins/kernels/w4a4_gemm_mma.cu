@@ -1,0 +1,593 @@
+// W4A4Gemm with warp matrix products (mma.sync), for every device from compute capability 8.0 on: mma_s8 and mma_s4.
+//
+// A block computes a tile of tokens x channels. Its warps form one or more teams, each of which takes every so many-th panel of 128 codes of K
+// through a pipeline of asynchronous copies of its own, so that a team of one warp never waits for another; the teams' sums meet in shared
+// memory at the end. Tokens are the rows of the product (operand A), channels its columns (operand B).
+//
+// int4 weights become int8 operands, times 16, with a shift and two ands: a word holds the codes k .. k + 7, of which the low nibbles of its
+// bytes become the four of one register and the high nibbles those of the other. Sums are exact, so that any order of K will do as long as it
+// is the same for both operands: for the plain layout lane t of a quad takes k = 8t .. 8t + 7 of each 32, and the activations' even and odd bytes
+// are parted; the layout k128 is in the order of ldmatrix already.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "kernel.h"
+#include "mma.cuh"
+
+namespace fq {
+namespace {
+
+constexpr int kPanel = 128;  // codes of K
+constexpr int kBand = 16;    // tiles of tokens that share a tile of channels while it is in L2
+
+struct Arguments {
+  const uint8_t* q;
+  const uint8_t* w;
+  const float* scale;
+  const float* w_scale;
+  const float* bias;
+  void* y;
+  int64_t m, n;
+  int k, groups, group_size, dtype;
+  int token_tiles, channel_tiles;
+};
+
+// ---- operands: how the codes lie in a panel and become registers ----
+
+// Offset of 16 bytes in rows of 128 or 64 bytes: the chunks of 8 neighbouring rows lie in 8 different groups of banks, and for rows of 128
+// bytes the pairs of chunks of 4 neighbouring rows do as well, which is what 8-byte loads want.
+template <int kRowBytes>
+__device__ __forceinline__ uint32_t swizzled(int row, int chunk) {
+  if constexpr (kRowBytes == 128) {
+    return row * 128 + ((chunk ^ (((row & 3) << 1) | ((row >> 2) & 1))) << 4);
+  } else {
+    static_assert(kRowBytes == 64);
+    return row * 64 + ((chunk ^ ((row >> 1) & 3)) << 4);
+  }
+}
+
+// Operands of one product step.
+template <int kRowTiles, int kColumnTiles, int kWords>
+struct Fragment {
+  uint32_t a[kRowTiles][4];
+  uint32_t b[kColumnTiles][kWords];
+};
+
+// int8 activations and plain int4 weights.
+struct PlainInt8 {
+  static constexpr int kActivationBytes = 128;  // of a row of a panel
+  static constexpr int kWeightBytes = 64;
+  static constexpr int kSteps = 4;
+  static constexpr int kWords = 1;  // of weights, for a step and 8 channels
+  static constexpr float kUnit = 1.0f / 16;
+
+  template <int kRowTiles, int kColumnTiles>
+  struct Reader {
+    using Operands = Fragment<kRowTiles, kColumnTiles, kWords>;
+
+    uint32_t activations, weights;  // this lane's offsets
+
+    __device__ Reader(int row, int column, int lane)
+        : activations(swizzled<128>(row + lane / 4, lane % 4 / 2) + lane % 2 * 8), weights(swizzled<64>(column + lane, 0)) {
+      static_assert(kColumnTiles % 4 == 0);
+    }
+
+    __device__ __forceinline__ void load(Operands& to, uint32_t panel, uint32_t weight_panel, int step) {
+      const uint32_t row = panel + (activations ^ (step * 32));
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) {
+        load_8(to.a[i][0], to.a[i][2], row + i * 16 * 128);
+        load_8(to.a[i][1], to.a[i][3], row + i * 16 * 128 + 8 * 128);
+      }
+      const uint32_t column = weight_panel + (weights ^ (step * 16));
+#pragma unroll
+      for (int i = 0; i < kColumnTiles; i += 4) {
+        uint32_t words[4];
+        load_matrices(words, column + i * 8 * 64);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) to.b[i + j][0] = words[j];
+      }
+    }
+  };
+
+  template <class Operands>
+  static __device__ __forceinline__ void prepare(Operands& operands) {
+    for (auto& a : operands.a) {
+      const uint32_t row[2] = {a[0], a[1]}, next[2] = {a[2], a[3]};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        a[half] = __byte_perm(row[half], next[half], 0x6420);
+        a[half + 2] = __byte_perm(row[half], next[half], 0x7531);
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void multiply(int32_t (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[1]) {
+    multiply_s8(sum, a, (b[0] << 4) & 0xf0f0f0f0u, b[0] & 0xf0f0f0f0u);
+  }
+};
+
+// int8 activations and int4 weights in the layout k128: the 16 bytes of lane t of a quad are its operands of the panel's four steps.
+struct BlockedInt8 : PlainInt8 {
+  template <int kRowTiles, int kColumnTiles>
+  struct Reader {
+    using Operands = Fragment<kRowTiles, kColumnTiles, kWords>;
+
+    uint32_t activations, weights;
+    uint32_t words[kColumnTiles][4];
+
+    __device__ Reader(int row, int column, int lane)
+        : activations(swizzled<128>(row + lane % 16, lane / 16)), weights(swizzled<64>(column + lane / 4, lane % 4)) {}
+
+    __device__ __forceinline__ void load(Operands& to, uint32_t panel, uint32_t weight_panel, int step) {
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) load_matrices(to.a[i], panel + (activations ^ (step * 32)) + i * 16 * 128);
+#pragma unroll
+      for (int i = 0; i < kColumnTiles; ++i) {
+        if (step == 0) load_16(words[i], weight_panel + weights + i * 8 * 64);
+        to.b[i][0] = words[i][step];
+      }
+    }
+  };
+
+  template <class Operands>
+  static __device__ __forceinline__ void prepare(Operands&) {}
+};
+
+// Packed int4 activations and plain int4 weights: no unpacking at all.
+struct PlainInt4 {
+  static constexpr int kActivationBytes = 64;
+  static constexpr int kWeightBytes = 64;
+  static constexpr int kSteps = 2;
+  static constexpr int kWords = 2;
+  static constexpr float kUnit = 1;
+
+  template <int kRowTiles, int kColumnTiles>
+  struct Reader {
+    using Operands = Fragment<kRowTiles, kColumnTiles, kWords>;
+
+    uint32_t activations, weights;
+
+    __device__ Reader(int row, int column, int lane)
+        : activations(swizzled<64>(row + lane % 16, lane / 16)), weights(swizzled<64>(column + lane / 16 * 8 + lane % 8, lane / 8 % 2)) {
+      static_assert(kColumnTiles % 2 == 0);
+    }
+
+    __device__ __forceinline__ void load(Operands& to, uint32_t panel, uint32_t weight_panel, int step) {
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) load_matrices(to.a[i], panel + (activations ^ (step * 32)) + i * 16 * 64);
+#pragma unroll
+      for (int i = 0; i < kColumnTiles; i += 2) {
+        uint32_t words[4];
+        load_matrices(words, weight_panel + (weights ^ (step * 32)) + i * 8 * 64);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) to.b[i + j / 2][j % 2] = words[j];
+      }
+    }
+  };
+
+  template <class Operands>
+  static __device__ __forceinline__ void prepare(Operands&) {}
+
+  static __device__ __forceinline__ void multiply(int32_t (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { multiply_s4(sum, a, b[0], b[1]); }
+};
+
+// ---- tiles ----
+
+// Tiles of a block: kTeams teams of kWarpRows x kWarpColumns warps, each with kRowTiles x kColumnTiles products of 16 tokens x 8 channels.
+template <int kRowTiles_, int kColumnTiles_, int kWarpRows_, int kWarpColumns_, int kTeams_, int kStages_, int kBlocks_ = 1>
+struct Tile {
+  static constexpr int kRowTiles = kRowTiles_, kColumnTiles = kColumnTiles_, kWarpRows = kWarpRows_, kWarpColumns = kWarpColumns_;
+  static constexpr int kTeams = kTeams_, kStages = kStages_;
+  static constexpr int kBlocks = kBlocks_;  // on a multiprocessor, where shared memory allows it
+  static constexpr int kWarpTokens = 16 * kRowTiles, kWarpChannels = 8 * kColumnTiles;
+  static constexpr int kTokens = kWarpTokens * kWarpRows, kChannels = kWarpChannels * kWarpColumns;
+  static constexpr int kTeamThreads = 32 * kWarpRows * kWarpColumns, kThreads = kTeamThreads * kTeams;
+};
+
+template <class Op, class Tile>
+struct Memory {
+  static constexpr int kActivations = Tile::kTokens * Op::kActivationBytes;  // bytes of a panel
+  static constexpr int kStage = kActivations + Tile::kChannels * Op::kWeightBytes;
+  static constexpr int kTeam = kStage * Tile::kStages;
+  // Sums on their way to y, with rows that are 8 apart modulo 32 banks.
+  static constexpr int kPitch = (Tile::kTeams == 1 ? Tile::kWarpChannels : Tile::kChannels) + 8;
+  static constexpr int kPart = (Tile::kTeams == 1 ? 16 : Tile::kTokens) * kPitch;  // words of a warp, or of a team where there are several
+  static constexpr int kParts = 4 * kPart * (Tile::kTeams == 1 ? Tile::kThreads / 32 : Tile::kTeams);
+  static constexpr int kBytes = kTeam * Tile::kTeams > kParts ? kTeam * Tile::kTeams : kParts;
+};
+
+// A team's copies of kRows rows of a panel. Rows beyond the last are copies of it, whose results nobody keeps; codes beyond K are zeros.
+template <int kRows, int kRowBytes, int kThreads>
+struct Copier {
+  static constexpr int kChunks = kRowBytes / 16;
+  static constexpr int kCopies = kRows * kChunks / kThreads;
+  static_assert(kRows * kChunks % kThreads == 0);
+
+  const uint8_t* source;
+  uint32_t offsets[kCopies];
+
+  // `pitch`: bytes from row to row; `rows`: how many there are from the first on.
+  __device__ Copier(const uint8_t* first, int64_t rows, int pitch, int thread) : source(first + thread % kChunks * 16) {
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) offsets[i] = static_cast<uint32_t>(min(static_cast<int64_t>(row(thread, i)), rows - 1)) * pitch;
+  }
+
+  static __device__ __forceinline__ int row(int thread, int i) { return thread / kChunks + i * (kThreads / kChunks); }
+
+  // `begin`: bytes from a row's start to the panel; `pitch` as above.
+  __device__ __forceinline__ void copy(uint32_t target, int begin, int pitch, int thread) const {
+    const int chunk = thread % kChunks, left = pitch - begin - chunk * 16;
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const uint32_t to = target + swizzled<kRowBytes>(row(thread, i), chunk);
+      const uint8_t* from = source + offsets[i] + begin;
+      if (pitch % 16 == 0) {
+        copy_16(to, left > 0 ? from : source, left > 0);
+      } else {  // K is 16 more than a multiple of 32, and every other row of weights begins in the middle of 16 bytes
+        copy_8(to, left > 0 ? from : source, left > 0);
+        copy_8(to + 8, left > 8 ? from + 8 : source, left > 8);
+      }
+    }
+  }
+};
+
+// ---- sums to y ----
+
+template <int kCount>
+__device__ __forceinline__ void store(void* y, int64_t index, int dtype, const float (&values)[kCount]) {
+  static_assert(kCount == 2 || kCount == 8);
+  if (dtype == FQ_FLOAT) {
+    float* to = static_cast<float*>(y) + index;
+    if constexpr (kCount == 2) {
+      *reinterpret_cast<float2*>(to) = make_float2(values[0], values[1]);
+    } else {
+      reinterpret_cast<float4*>(to)[0] = make_float4(values[0], values[1], values[2], values[3]);
+      reinterpret_cast<float4*>(to)[1] = make_float4(values[4], values[5], values[6], values[7]);
+    }
+    return;
+  }
+  uint32_t words[kCount / 2];
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) {
+    if (dtype == FQ_FLOAT16) {
+      const __half2 pair = __floats2half2_rn(values[2 * i], values[2 * i + 1]);
+      words[i] = reinterpret_cast<const uint32_t&>(pair);
+    } else {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
+      words[i] = reinterpret_cast<const uint32_t&>(pair);
+    }
+  }
+  uint16_t* to = static_cast<uint16_t*>(y) + index;
+  if constexpr (kCount == 2) {
+    *reinterpret_cast<uint32_t*>(to) = words[0];
+  } else {
+    *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+  }
+}
+
+// Adds up `kParts` parts of kRows x kColumns sums (int32, or fp32 that contain w_scale already), scales and writes them; kThreads threads,
+// each with kWidth neighbouring channels of some rows. The order of the operations is the reference's, without contraction.
+template <class Op, bool kGrouped, int kRows, int kColumns, int kThreads, int kParts>
+__device__ __forceinline__ void finish(const Arguments& p, const int32_t* parts, int64_t token, int64_t channel, int thread) {
+  constexpr int kWidth = kRows * kColumns >= 8 * kThreads ? 8 : 2;
+  constexpr int kPitch = kColumns + 8, kStep = kThreads * kWidth / kColumns;
+  static_assert(kThreads * kWidth % kColumns == 0 && kRows % kStep == 0);
+  const int column = thread * kWidth % kColumns;
+  channel += column;
+  if (channel >= p.n) return;
+  float w_scale[kWidth], bias[kWidth];
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    w_scale[i] = kGrouped ? 1 : __ldg(p.w_scale + channel + i);
+    bias[i] = p.bias == nullptr ? 0 : __ldg(p.bias + channel + i);
+  }
+#pragma unroll
+  for (int row = thread * kWidth / kColumns; row < kRows; row += kStep) {
+    if (token + row >= p.m) break;
+    const float scale = __ldg(p.scale + token + row);
+    float values[kWidth];
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      const int32_t* at = parts + row * kPitch + column + i;
+      float value;
+      if constexpr (kGrouped) {
+        value = __int_as_float(at[0]);
+#pragma unroll
+        for (int part = 1; part < kParts; ++part) value += __int_as_float(at[part * kRows * kPitch]);
+        value *= Op::kUnit;
+      } else {
+        int32_t sum = at[0];
+#pragma unroll
+        for (int part = 1; part < kParts; ++part) sum += at[part * kRows * kPitch];
+        value = __fmul_rn(static_cast<float>(sum) * Op::kUnit, w_scale[i]);  // a power of two: exact
+      }
+      values[i] = __fadd_rn(__fmul_rn(value, scale), bias[i]);
+    }
+    store(p.y, (token + row) * p.n + channel, p.dtype, values);
+  }
+}
+
+// ---- scales per group ----
+
+// An integer sum below 2^22 that begins at these bits is, read as fp32, that sum + kMagic: no conversion needed.
+constexpr int32_t kMagicBits = 0x4b400000;
+constexpr float kMagic = 12582912.0f;
+
+template <int kColumnTiles>
+struct GroupScales {
+  const float* first;          // of this lane's first channel
+  int64_t tile;                // from 8 channels to the next
+  int tiles;                   // that lie inside N
+  float values[kColumnTiles][2];
+
+  __device__ GroupScales(const Arguments& p, int64_t channel, int lane)
+      : first(p.w_scale + (min(channel, p.n - 8) + lane % 4 * 2) * p.groups),
+        tile(int64_t(8) * p.groups),
+        tiles(static_cast<int>(max(min((p.n - channel) / 8, int64_t(kColumnTiles)), int64_t(1)))) {}
+
+  __device__ __forceinline__ void load(int group, int groups) {
+#pragma unroll
+    for (int i = 0; i < kColumnTiles; ++i) {
+      const float* at = first + group + (i < tiles ? i : 0) * tile;
+      values[i][0] = __ldg(at);
+      values[i][1] = __ldg(at + groups);
+    }
+  }
+};
+
+// ---- the kernel ----
+
+template <class Op, class Tile, bool kGrouped>
+__global__ void __launch_bounds__(Tile::kThreads, kGrouped ? 1 : Tile::kBlocks) w4a4_gemm(const __grid_constant__ Arguments p) {
+  using Layout = Memory<Op, Tile>;
+  extern __shared__ __align__(128) uint8_t memory[];
+  constexpr int kRowTiles = Tile::kRowTiles, kColumnTiles = Tile::kColumnTiles, kTeams = Tile::kTeams, kStages = Tile::kStages;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int team = warp / (Tile::kTeamThreads / 32), thread = threadIdx.x % Tile::kTeamThreads;
+  const int row = thread / 32 / Tile::kWarpColumns * Tile::kWarpTokens, column = thread / 32 % Tile::kWarpColumns * Tile::kWarpChannels;
+
+  // Bands of tiles of tokens; in a band, tiles of tokens are next to each other.
+  const int band = blockIdx.x / (kBand * p.channel_tiles), in_band = blockIdx.x % (kBand * p.channel_tiles);
+  const int height = min(p.token_tiles - band * kBand, kBand);
+  const int64_t token = int64_t(band * kBand + in_band % height) * Tile::kTokens, channel = int64_t(in_band / height) * Tile::kChannels;
+
+  const int q_pitch = p.k * Op::kActivationBytes / kPanel, w_pitch = p.k / 2;
+  const Copier<Tile::kTokens, Op::kActivationBytes, Tile::kTeamThreads> activations(p.q + token * q_pitch, p.m - token, q_pitch, thread);
+  const Copier<Tile::kChannels, Op::kWeightBytes, Tile::kTeamThreads> weights(p.w + channel * w_pitch, p.n - channel, w_pitch, thread);
+  const uint32_t base = to_shared(memory) + team * Layout::kTeam;
+  const int panels = (p.k + kPanel - 1) / kPanel, mine = (panels - team + kTeams - 1) / kTeams;
+  const auto fetch = [&](int index, int stage) {
+    if (index < mine) {
+      const int panel = index * kTeams + team;
+      const uint32_t target = base + stage * Layout::kStage;
+      activations.copy(target, panel * Op::kActivationBytes, q_pitch, thread);
+      weights.copy(target + Layout::kActivations, panel * Op::kWeightBytes, w_pitch, thread);
+    }
+    commit_copies();
+  };
+  for (int i = 0; i < kStages; ++i) fetch(i, i);
+
+  int32_t sums[kRowTiles][kColumnTiles][4];
+  float totals[kGrouped ? kRowTiles : 1][kColumnTiles][4];
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+    for (int j = 0; j < kColumnTiles; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        sums[i][j][e] = kGrouped ? kMagicBits : 0;
+        if constexpr (kGrouped) totals[i][j][e] = 0;
+      }
+  [[maybe_unused]] GroupScales<kGrouped ? kColumnTiles : 1> scales(p, channel + column, lane);
+  [[maybe_unused]] const auto close_group = [&] {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int j = 0; j < kColumnTiles; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          totals[i][j][e] += (__int_as_float(sums[i][j][e]) - kMagic) * scales.values[j][e % 2];
+          sums[i][j][e] = kMagicBits;
+        }
+  };
+
+  typename Op::template Reader<kRowTiles, kColumnTiles> reader(row, column, lane);
+  typename Op::template Reader<kRowTiles, kColumnTiles>::Operands operands[2];
+  int stage = 0;
+  wait_for_copies<kStages - 1>();
+  sync_threads<Tile::kTeamThreads, Tile::kThreads>(team + 1);
+  reader.load(operands[0], base, base + Layout::kActivations, 0);
+  for (int index = 0; index < mine; ++index) {
+#pragma unroll
+    for (int step = 0; step < Op::kSteps; ++step) {
+      auto& now = operands[step % 2];
+      auto& next = operands[(step + 1) % 2];
+      if (step + 1 < Op::kSteps) {
+        const uint32_t panel = base + stage * Layout::kStage;
+        reader.load(next, panel, panel + Layout::kActivations, step + 1);
+      } else {
+        // The next panel is there, and nobody reads this one any more: its place is free.
+        wait_for_copies<kStages - 2>();
+        sync_threads<Tile::kTeamThreads, Tile::kThreads>(team + 1);
+        const int freed = stage;
+        stage = stage + 1 == kStages ? 0 : stage + 1;
+        const uint32_t panel = base + stage * Layout::kStage;
+        reader.load(next, panel, panel + Layout::kActivations, 0);
+        fetch(index + kStages, freed);
+      }
+      [[maybe_unused]] const int k = (index * kTeams + team) * kPanel + step * (kPanel / Op::kSteps);
+      if constexpr (kGrouped) {
+        if (step == 0 || k % p.group_size < kPanel / Op::kSteps) scales.load(min(k / p.group_size, p.groups - 1), p.groups);
+      }
+      Op::prepare(now);
+      if constexpr (kGrouped && Op::kSteps == 2) {
+        if (p.group_size % 64 != 0) {  // a step of 64 may hold the end of one group and the beginning of the next
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            scales.load(min((k + half * 32) / p.group_size, p.groups - 1), p.groups);
+#pragma unroll
+            for (int j = 0; j < kColumnTiles; ++j)
+#pragma unroll
+              for (int i = 0; i < kRowTiles; ++i) multiply_s4(sums[i][j], now.a[i][2 * half], now.a[i][2 * half + 1], now.b[j][half]);
+            close_group();
+          }
+          continue;
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kColumnTiles; ++j)
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) Op::multiply(sums[i][j], now.a[i], now.b[j]);
+      if constexpr (kGrouped) {
+        if (step + 1 == Op::kSteps || (k + kPanel / Op::kSteps) % p.group_size == 0) close_group();
+      }
+    }
+  }
+
+  // Shared memory is used anew.
+  wait_for_copies<0>();
+  __syncthreads();
+  int32_t* const parts = reinterpret_cast<int32_t*>(memory);
+  const auto put = [&](int32_t* to, int i) {
+#pragma unroll
+    for (int j = 0; j < kColumnTiles; ++j)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        int2 pair;
+        if constexpr (kGrouped) {
+          pair = make_int2(__float_as_int(totals[i][j][2 * half]), __float_as_int(totals[i][j][2 * half + 1]));
+        } else {
+          pair = make_int2(sums[i][j][2 * half], sums[i][j][2 * half + 1]);
+        }
+        *reinterpret_cast<int2*>(to + (lane / 4 + 8 * half) * Layout::kPitch + 8 * j + lane % 4 * 2) = pair;
+      }
+  };
+  if constexpr (kTeams == 1) {
+    int32_t* const part = parts + warp * Layout::kPart;
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+      put(part, i);
+      __syncwarp();
+      finish<Op, kGrouped, 16, Tile::kWarpChannels, 32, 1>(p, part, token + row + 16 * i, channel + column, lane);
+      __syncwarp();
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) put(parts + team * Layout::kPart + (row + 16 * i) * Layout::kPitch + column, i);
+    __syncthreads();
+    finish<Op, kGrouped, Tile::kTokens, Tile::kChannels, Tile::kThreads, kTeams>(p, parts, token, channel, threadIdx.x);
+  }
+}
+
+// ---- host ----
+
+// The tiles, in the order of the tactics. With scales per group, which take a second set of sums, the last is as the one before it.
+using Few = Tile<1, 4, 1, 1, 8, 3, 2>;      // 16 x 32
+using Some = Tile<2, 4, 1, 1, 8, 2, 2>;     // 32 x 32
+using Medium = Tile<2, 8, 2, 1, 4, 2>;      // 64 x 64
+using Large = Tile<2, 8, 4, 2, 1, 3>;       // 128 x 128
+using Largest = Tile<4, 8, 2, 4, 1, 3>;     // 128 x 256
+constexpr int kTactics = 5;
+
+template <class Op, class Tile, bool kGrouped>
+fq_status launch_tile(const fq_w4a4_gemm_params& params, cudaStream_t stream) {
+  constexpr int kBytes = Memory<Op, Tile>::kBytes;
+  const int64_t token_tiles = (params.m + Tile::kTokens - 1) / Tile::kTokens, channel_tiles = (params.n + Tile::kChannels - 1) / Tile::kChannels;
+  if (token_tiles > INT32_MAX / kBand || channel_tiles > INT32_MAX / kBand || token_tiles * channel_tiles > INT32_MAX)
+    return fail(FQ_INVALID_ARGUMENT, "m %lld and n %lld are too large for one launch: split m", static_cast<long long>(params.m), static_cast<long long>(params.n));
+  Arguments arguments = {};
+  arguments.q = static_cast<const uint8_t*>(params.q);
+  arguments.w = static_cast<const uint8_t*>(params.w);
+  arguments.scale = params.scale;
+  arguments.w_scale = params.w_scale;
+  arguments.bias = params.bias;
+  arguments.y = params.y;
+  arguments.m = params.m;
+  arguments.n = params.n;
+  arguments.k = static_cast<int>(params.k);
+  arguments.groups = static_cast<int>(params.groups);
+  arguments.group_size = static_cast<int>(params.k / params.groups);
+  arguments.dtype = params.dtype;
+  arguments.token_tiles = static_cast<int>(token_tiles);
+  arguments.channel_tiles = static_cast<int>(channel_tiles);
+  const void* kernel = reinterpret_cast<const void*>(&w4a4_gemm<Op, Tile, kGrouped>);
+  if (const fq_status status = check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), "cudaFuncSetAttribute"); status != FQ_OK)
+    return status;
+  void* pointers[] = {&arguments};
+  return check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(token_tiles * channel_tiles)), dim3(Tile::kThreads), pointers, kBytes, stream), "w4a4_gemm");
+}
+
+template <class Op, class Tile>
+fq_status launch_tile(const fq_w4a4_gemm_params& params, cudaStream_t stream) {
+  return params.groups > 1 ? launch_tile<Op, Tile, true>(params, stream) : launch_tile<Op, Tile, false>(params, stream);
+}
+
+// The tile of the least estimated time: rounds of blocks over the multiprocessors, times a block's work at the tile's speed.
+int choose_tactic(const fq_w4a4_gemm_params& params, const Device& device) {
+  if (params.m <= 16) return 1;
+  if (params.m <= 32) return 2;
+  const struct {
+    int tactic, tokens, channels;
+    double speed;
+  } tiles[] = {{3, 64, 64, 0.6}, {4, 128, 128, 0.85}, {5, 128, 256, 1}};
+  int chosen = 0;
+  double least = 0;
+  for (const auto& tile : tiles) {
+    if (tile.tactic == 5 && params.groups > 1) continue;
+    const int64_t blocks = ((params.m + tile.tokens - 1) / tile.tokens) * ((params.n + tile.channels - 1) / tile.channels);
+    const int64_t rounds = (blocks + device.multiprocessors - 1) / device.multiprocessors;
+    const double time = static_cast<double>(rounds) * tile.tokens * tile.channels / tile.speed;
+    if (chosen == 0 || time < least) {
+      chosen = tile.tactic;
+      least = time;
+    }
+  }
+  return chosen;
+}
+
+template <class Op>
+fq_status launch(const fq_w4a4_gemm_params& params, const Device& device, cudaStream_t stream) {
+  switch (params.tactic != 0 ? params.tactic : choose_tactic(params, device)) {
+    case 1:
+      return launch_tile<Op, Few>(params, stream);
+    case 2:
+      return launch_tile<Op, Some>(params, stream);
+    case 3:
+      return launch_tile<Op, Medium>(params, stream);
+    case 4:
+      return launch_tile<Op, Large>(params, stream);
+    default:
+      return params.groups > 1 ? launch_tile<Op, Large, true>(params, stream) : launch_tile<Op, Largest, false>(params, stream);
+  }
+}
+
+const char* fits_shape(const fq_w4a4_gemm_params& params, const Device& device) {
+  if (params.groups > 1 && params.k / params.groups % 32 != 0) return "groups of weights are a multiple of 32 codes";
+  if (device.shared_memory < 96 * 1024) return "it takes 96 KiB of shared memory a block";
+  return nullptr;
+}
+
+const char* fits_s8(const fq_w4a4_gemm_params& params, const Device& device) {
+  if (params.container != FQ_INT8) return "activations are int8";
+  return fits_shape(params, device);
+}
+
+fq_status launch_s8(const fq_w4a4_gemm_params& params, const Device& device, cudaStream_t stream) {
+  return params.layout == FQ_K128 ? launch<BlockedInt8>(params, device, stream) : launch<PlainInt8>(params, device, stream);
+}
+
+const char* fits_s4(const fq_w4a4_gemm_params& params, const Device& device) {
+  if (params.container == FQ_INT8) return "activations are packed";
+  if (params.layout != FQ_PLAIN) return "weights are in the plain layout";
+  if (params.k % 32 != 0) return "K is a multiple of 32";
+  return fits_shape(params, device);
+}
+
+}  // namespace
+
+const GemmKernel W4A4Gemm_mma_s8 = {fits_s8, launch_s8, kTactics};
+const GemmKernel W4A4Gemm_mma_s4 = {fits_s4, launch<PlainInt4>, kTactics};
+
+}  // namespace fq
