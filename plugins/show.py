@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -54,14 +55,14 @@ def _table_of_kernels() -> Table:
 
 def _resources(built: Built) -> Table:
     table = Table(title="Compiled", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("source", overflow="fold")
+    table.add_column("source", no_wrap=True)
     for heading in ("architecture", "functions", "registers", "shared bytes"):
         table.add_column(heading, justify="right", no_wrap=True)
     for source, usages in built.kernels.items():
         for architecture in dict.fromkeys(usage.architecture for usage in usages):
             here = [usage for usage in usages if usage.architecture == architecture]
             registers, shared = _span(usage.registers for usage in here), _span(usage.shared for usage in here)
-            table.add_row(escape(source), architecture, str(_functions(here)), registers, shared)
+            table.add_row(escape(Path(source).name), architecture, str(_functions(here)), registers, shared)
     return table
 
 
