@@ -22,28 +22,44 @@ struct Matrix {
   int element_bytes;
 };
 
-// A map for copies of boxes of `box_rows` x `box_columns`; what lies outside of the matrix reads as zero and is not written.
-inline fq_status make_tensor_map(CUtensorMap* map, const Matrix& matrix, uint32_t box_rows, uint32_t box_columns, CUtensorMapSwizzle swizzle,
-                                 CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B) {
-  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
-                              const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-  static const Encode encode = [] {
+using EncodeTensorMap = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                                     const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
+                                     CUtensorMapFloatOOBfill);
+
+// The driver's encoder of tensor maps, so that the library need not be linked to the driver; null where the driver is too old.
+inline EncodeTensorMap tensor_map_encoder() {
+  static const EncodeTensorMap encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
     const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
+    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTensorMap>(function) : nullptr;
   }();
+  return encode;
+}
+
+// A map of kRank dimensions, the contiguous one first, for copies of boxes; what lies outside of the tensor reads as zero and is not written.
+// `strides` are the bytes from one index to the next of all dimensions but the first, multiples of 16.
+template <int kRank>
+fq_status make_tensor_map(CUtensorMap* map, const void* data, CUtensorMapDataType type, const cuuint64_t (&sizes)[kRank],
+                          const cuuint64_t (&strides)[kRank - 1], const cuuint32_t (&box)[kRank], CUtensorMapSwizzle swizzle,
+                          CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B) {
+  const EncodeTensorMap encode = tensor_map_encoder();
   if (encode == nullptr) return fail(FQ_CUDA_ERROR, "the driver has no cuTensorMapEncodeTiled: update it to one for CUDA 12 or later");
-  const cuuint64_t sizes[2] = {matrix.columns, matrix.rows};
-  const cuuint64_t strides[1] = {matrix.row_bytes};
-  const cuuint32_t box[2] = {box_columns, box_rows};
-  const cuuint32_t steps[2] = {1, 1};
-  const CUresult result = encode(map, matrix.type, 2, const_cast<void*>(matrix.data), sizes, strides, box, steps,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  cuuint32_t steps[kRank];
+  for (cuuint32_t& step : steps) step = 1;
+  const CUresult result = encode(map, type, kRank, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                 swizzle, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
-    return fail(FQ_CUDA_ERROR, "cuTensorMapEncodeTiled refused a matrix of %llu x %llu with error %d", (unsigned long long)matrix.rows,
-                (unsigned long long)matrix.columns, int(result));
+    return fail(FQ_CUDA_ERROR, "cuTensorMapEncodeTiled refused a tensor with rows of %llu with error %d",
+                static_cast<unsigned long long>(sizes[0]), static_cast<int>(result));
   return FQ_OK;
+}
+
+// The same for boxes of `box_rows` x `box_columns` of a matrix.
+inline fq_status make_tensor_map(CUtensorMap* map, const Matrix& matrix, uint32_t box_rows, uint32_t box_columns, CUtensorMapSwizzle swizzle,
+                                 CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B) {
+  return make_tensor_map<2>(map, matrix.data, matrix.type, {matrix.columns, matrix.rows}, {matrix.row_bytes}, {box_columns, box_rows}, swizzle,
+                            promotion);
 }
 
 // ---- addresses and barriers ----
@@ -113,6 +129,15 @@ __device__ __forceinline__ void copy_box(void* to, const CUtensorMap* map, uint6
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(
           shared_address(to)),
       "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "l"(static_cast<uint64_t>(keep))
+      : "memory");
+}
+
+__device__ __forceinline__ void copy_box(void* to, const CUtensorMap* map, uint64_t* barrier, int32_t column, int32_t row, int32_t plane,
+                                         Keep keep) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(
+          shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "r"(plane), "l"(static_cast<uint64_t>(keep))
       : "memory");
 }
 
