@@ -140,7 +140,13 @@ def _parse_shapes(context: click.Context, option: click.Parameter, values: tuple
     return shapes
 
 
+def _parse_shape_sets(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> tuple[Shapes, ...]:
+    """One set a value; ``ShapesCommand`` puts each of its shapes on a line."""
+    return tuple(_parse_shapes(context, option, tuple(value.splitlines())) for value in values)
+
+
 _SHAPE_OPTIONS = ("--min-shapes", "--opt-shapes", "--max-shapes")
+_SHAPE_SETS = "--shapes"
 
 shape_options = group(
     *(
@@ -152,22 +158,34 @@ shape_options = group(
 )
 """``--min-shapes a:1x3 b:1x4`` as in Polygraphy; the command needs ``cls=ShapesCommand``."""
 
+shape_sets_option = click.option(
+    _SHAPE_SETS,
+    multiple=True,
+    callback=_parse_shape_sets,
+    metavar="NAME:1x3 ...",
+    help="Sizes to measure: shapes of inputs, or sizes of dynamic dimensions by their names (batch:16); again for another set.",
+)
+"""``--shapes a:1x3 batch:2 --shapes ...``: sets of sizes; the command needs ``cls=ShapesCommand``."""
+
 
 class ShapesCommand(click.Command):
     """Lets a shapes option take several values in a row, as in Polygraphy."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Repeat the option before every further shape that follows it."""
+        """Repeat the option before every further shape that follows it; join those of a set, which is one value."""
         spread: list[str] = []
         option: str | None = None
         taken = 0
         for arg in args:
-            if arg in _SHAPE_OPTIONS:
+            if arg in (*_SHAPE_OPTIONS, _SHAPE_SETS):
                 option, taken = arg, 0
             elif option is not None and (taken == 0 or _SHAPE.fullmatch(arg)):
-                if taken:
-                    spread.append(option)
                 taken += 1
+                if taken > 1 and option == _SHAPE_SETS:
+                    spread[-1] += f"\n{arg}"
+                    continue
+                if taken > 1:
+                    spread.append(option)
             else:
                 option = None
             spread.append(arg)
