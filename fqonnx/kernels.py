@@ -303,10 +303,11 @@ def rms_norm_flat_quantize(
     """
     import torch
 
-    params, out = _quantize_params(x, left, right, clip=clip, bits=bits, container=container, kernel=kernel)
+    _rows(x, "x")
     _require(gamma, "gamma", like=x, shape=(x.shape[-1],), dtype=x.dtype)
     if residual is not None:
         _require(residual, "residual", like=x, shape=tuple(x.shape), dtype=x.dtype)
+    params, out = _quantize_params(x, left, right, clip=clip, bits=bits, container=container, kernel=kernel)
     total = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device) if want_normed else None
     norm = RmsNormParams(gamma.data_ptr(), _address(residual), _address(total), _address(normed), epsilon)
@@ -341,9 +342,10 @@ def silu_mul_flat_quantize(
         UsageError: An argument that does not fit; the message names it.
         EngineError: No kernel takes this, or there is no library.
     """
-    params, out = _quantize_params(gate, left, right, clip=clip, bits=bits, container=container, kernel=kernel)
+    _rows(gate, "gate")
     _, stride = _rows(up, "up")
     _require(up, "up", like=gate, shape=tuple(gate.shape), dtype=gate.dtype, contiguous=False)
+    params, out = _quantize_params(gate, left, right, clip=clip, bits=bits, container=container, kernel=kernel)
     _enqueue(gate, "fq_silu_mul_flat_quantize", params, SiluMulParams(up.data_ptr(), stride))
     return out
 
@@ -510,17 +512,21 @@ def _quantize_params(
         raise UsageError(f"rows of {k} codes do not fill container {container}: use int8")
     if (left is None) != (right is None):
         raise UsageError("left and right are given together, or neither is")
-    params = FlatQuantizeParams(n1=1, n2=1, factor_dtype=dtype, dtype=dtype, bits=bits, container=CONTAINERS[container])
-    for name, size, matrix in (("left", "n1", left), ("right", "n2", right)):
+    factor_dtype = dtype
+    for name, matrix in (("left", left), ("right", right)):
         if matrix is not None:
-            _require(matrix, name, like=x, shape=(len(matrix),) * 2, dtype=left.dtype if left is not None else None)
-            setattr(params, name, matrix.data_ptr())
-            setattr(params, size, len(matrix))
-            params.factor_dtype = _dtype(matrix.dtype, name)
+            factor_dtype = _dtype(matrix.dtype, name)
+            side = matrix.shape[-1] if matrix.dim() else 1
+            _require(matrix, name, like=x, shape=(side, side), dtype=left.dtype if left is not None else None)
     if isinstance(clip, torch.Tensor):
         if clip.numel() != 1:
             raise UsageError(f"clip has {clip.numel()} values, not 1")
         _require(clip, "clip", like=x, shape=tuple(clip.shape), dtype=torch.float32)
+    params = FlatQuantizeParams(n1=1, n2=1, factor_dtype=factor_dtype, dtype=dtype, bits=bits, container=CONTAINERS[container])
+    params.variant = variant_of("FlatQuantize", kernel)
+    if left is not None and right is not None:
+        params.left, params.right, params.n1, params.n2 = left.data_ptr(), right.data_ptr(), len(left), len(right)
+    if isinstance(clip, torch.Tensor):
         params.clip_ptr = clip.data_ptr()
     else:
         params.clip = clip
@@ -529,7 +535,6 @@ def _quantize_params(
     scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     params.x, params.q, params.scale = x.data_ptr(), q.data_ptr(), scale.data_ptr()
     params.rows, params.k, params.x_stride = rows, k, stride
-    params.variant = variant_of("FlatQuantize", kernel)
     return params, Quantized(q, scale)
 
 
