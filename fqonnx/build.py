@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import time
@@ -17,14 +18,17 @@ import onnx_ir as ir
 from fqonnx import artifact
 from fqonnx import model as model_file
 from fqonnx.calib.data.holdout import Part, count_samples, has_free_batch
+from fqonnx.calib.kron import factor
 from fqonnx.calib.record import write_record
 from fqonnx.calib.registry import transform_named, weight_quantizer_named
 from fqonnx.calib.solve import solve
-from fqonnx.engines import Profile, profiles_from_shapes
+from fqonnx.engines import Profile, onnxruntime, profiles_from_shapes
 from fqonnx.engines import engine as engine_named
 from fqonnx.errors import DataError, EngineError, ModelError, UsageError
+from fqonnx.kernels import MAX_FACTOR
+from fqonnx.ops.kernels import KERNELS
 from fqonnx.passes.edit import GROUP_TAG
-from fqonnx.passes.fuse import LOWERING_TAG, lowering_for
+from fqonnx.passes.fuse import LOWERING_TAG, Target, target_named
 from fqonnx.progress import Silent
 from fqonnx.recipe import Recipe
 from fqonnx.report import DataReport, GroupReport, LeftReport, Report, load_report, save_report
@@ -113,12 +117,16 @@ def build(
         max_error = MAX_ERROR
     builder = engine_named(engine)
     _require_device(device)
-    lowering_for(target)  # refuses a target without kernels before the long work, as the next line does for the engine
+    # What is missing is told before the long work: kernels for the target, the engine, the kernels' library for verification.
+    kernels = target_named(target)
     builder.require(target)
+    if device == "cuda" and recipe.bits.quantizes_activations:
+        onnxruntime.require_kernels()
     clock = _Clock()
     with artifact.Workspace(Path(out), force=force, resume=resume) as workspace:
         with clock("read"):
             float_model = _FloatModel.read(Path(model), recipe)
+            _require_kernels(float_model.found.groups, recipe, kernels)
             source = open_data(
                 float_model.model,
                 calib_data,
@@ -289,7 +297,6 @@ class _FloatModel:
 
         Codes take one byte a weight, the fp32 factors are in the solution and in the model, statistics are of at most ``rows``.
         """
-        from fqonnx.calib.kron import factor
         from fqonnx.calib.observe import reservoir_rows
 
         groups, (needs_tokens, needs_hessian) = self.found.groups, _needs(recipe)
@@ -384,6 +391,31 @@ def _require_device(device: str) -> None:
         )
 
 
+def _require_kernels(groups: Sequence[LinearGroup], recipe: Recipe, target: Target) -> None:
+    """Whether the target has a kernel for every group.
+
+    Raises:
+        EngineError: It has none for one; the message says why, and what to do.
+    """
+    bits = recipe.bits
+    if not (bits.weight_bits == 4 and bits.quantizes_activations):
+        return
+    for group in groups:
+        n, k = group.out_features, group.in_features
+        try:
+            target.lower(n=n, k=k, activation_bits=bits.activation_bits, group_size=recipe.group_size if recipe.group_size < k else 0)
+        except EngineError as error:
+            raise EngineError(
+                f"group {group.name!r}: {error}: choose another --group-size or --target, or leave it in float (--keep)"
+            ) from None
+        factors = (1, 1) if recipe.transform == "none" else factor(k)
+        if target.capability is not None and max(factors) > MAX_FACTOR:
+            raise EngineError(
+                f"group {group.name!r}: no kernel transforms K = {k} by {factors[0]} x {factors[1]}, factors are at most {MAX_FACTOR}: "
+                "leave it in float (--keep), or choose --transform none"
+            )
+
+
 def _needs(recipe: Recipe) -> tuple[bool, bool]:
     """Whether the recipe has a use for sampled rows, and for Hessians: what needs these measures its rounding on those."""
     needs_hessian = weight_quantizer_named(recipe.weights).needs_hessian
@@ -412,7 +444,7 @@ def _observe(float_model: _FloatModel, data: _Data, recipe: Recipe, workdir: Pat
 
 def _write_model(
     float_model: _FloatModel, solution: Callable[[str], GroupSolution], recipe: Recipe, target: str | None, path: Path
-) -> dict[str, str]:
+) -> dict[str, dict[str, Any]]:
     """Rewrite the float model, in place, and write it, weights streamed group by group; returns each group's kernel binding."""
     import onnx
 
@@ -425,17 +457,19 @@ def _write_model(
     return bindings
 
 
-def _bindings(model: ir.Model, names: Sequence[str]) -> dict[str, str]:
-    """By group, the op that multiplies and how its operands are stored, as the passes noted it on their nodes."""
-    bindings = dict.fromkeys(names, "DequantizeLinear + MatMul")
-    for node in model.graph:
+def _bindings(model: ir.Model, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """By group, what multiplies: the op, and for ``W4A4Gemm`` its kernel and how its operands are stored, as the passes noted it."""
+    instructions = {kernel.name: kernel.instruction for kernel in KERNELS if kernel.op == "W4A4Gemm"}
+    bindings: dict[str, dict[str, Any]] = {name: {"op": "DequantizeLinear + MatMul"} for name in names}
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
         group, lowering = node.metadata_props.get(GROUP_TAG), node.metadata_props.get(LOWERING_TAG)
-        if group in bindings and lowering is not None:
-            bindings[group] = f"{node.domain}.{node.op_type} {lowering}"
+        if node.op_type == "W4A4Gemm" and group in bindings and lowering is not None:
+            noted = json.loads(lowering)
+            bindings[group] = {"op": f"{node.domain}.{node.op_type}", **noted, "instruction": instructions.get(noted["kernel"])}
     return bindings
 
 
-def _describe(group: LinearGroup, solution: GroupSolution, recipe: Recipe, binding: str) -> tuple[GroupReport, dict[str, Any]]:
+def _describe(group: LinearGroup, solution: GroupSolution, recipe: Recipe, binding: dict[str, Any]) -> tuple[GroupReport, dict[str, Any]]:
     """A group's entries in the report and in the manifest."""
     transform: dict[str, Any] = {
         "name": recipe.transform,

@@ -9,6 +9,9 @@ and v are three: a plain pass takes all matches that read one quantized input an
 with the input quantized once. The matches share its dequantization, which is why nodes are not asked to be removable when they are matched;
 what nothing reads any more afterwards is removed. Weights stay lazy: the stacked, re-laid codes are computed when the model is written.
 
+How the operands are stored is asked of the table of kernels (``fqonnx.ops.kernels``), for the target's compute capability. Kernels take N
+and K in sixteens: rows of a weight are filled up with zeros and split off its output, columns with zeros that whatever code may meet.
+
 Integer sums are exact in ``W4A4Gemm``; the two forms differ by the rounding of the Q/DQ form's operands and sums in the activation's type.
 """
 
@@ -17,7 +20,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,10 +28,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnxscript.rewriter import MatchResult, pattern
 
-from fqonnx.errors import UsageError
+from fqonnx.errors import EngineError, UsageError
 from fqonnx.ops import DOMAIN, FLOAT_TYPES, add_functions, flat_quantize_node, lazy_int4_tensor, to_layout, w4a4_gemm_node
-from fqonnx.ops.layout import LAYOUTS
-from fqonnx.passes.edit import GROUP_TAG, LINEAR_TAG, LINEARS_TAG, Insertion, Names, take_over
+from fqonnx.ops.kernels import KERNELS, Kernel, kernel_for
+from fqonnx.passes.edit import GROUP_TAG, LINEAR_TAG, LINEARS_TAG, Insertion, Names, last_dim, take_over
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,69 +39,110 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOWERING_TAG = "fqonnx.lowering"
-"""Key of a ``W4A4Gemm``'s metadata: its container and layout, and why they are not the target's first choice where they are not."""
+"""Key of a ``W4A4Gemm``'s metadata: its ``Lowering`` as JSON."""
+
+_OP = "W4A4Gemm"
+_TILE = 16
+"""N and K are multiples of this in every kernel (``plugins/kernels/fqonnx.h``)."""
 
 
 @dataclass(frozen=True)
 class Lowering:
-    """How the operands of ``W4A4Gemm`` are stored.
+    """How the operands of one ``W4A4Gemm`` are stored, and for which kernel.
 
     Attributes:
+        kernel: The kernel's name in the table; None where no kernel takes them and only the body runs.
         container: ``int8`` (one activation code a byte) or ``packed`` (two 4-bit codes a byte).
         layout: Order of the weight's codes along K, a key of ``fqonnx.ops.layout.LAYOUTS``.
+        n: Rows of the stored weight.
+        k: Columns of the stored weight.
+        why: Why the kernel is not the target's first choice; None where it is.
     """
 
+    kernel: str | None
     container: str
     layout: str
+    n: int
+    k: int
+    why: str | None = None
 
-    def fit(self, in_features: int, activation_bits: int) -> tuple[Lowering, str | None]:
-        """The nearest lowering that a group of this shape allows.
 
-        A layout reorders blocks of K, a packed container holds pairs of 4-bit codes: what does not divide, or does not fit a nibble, is
-        stored plainly, which every kernel family reads too.
+@dataclass(frozen=True)
+class Target:
+    """The GPU that operands are stored for.
 
-        Returns:
-            The lowering, and why it is not this one; None where it is.
+    Attributes:
+        capability: Its compute capability, such as 90; None for none in particular: int8 codes and weights in the order of K, which
+            ONNX Runtime evaluates fastest without kernels and one kernel reads on every GPU.
+    """
+
+    capability: int | None
+
+    def lower(self, *, n: int, k: int, activation_bits: int, group_size: int = 0) -> Lowering:
+        """How operands of this shape are stored.
+
+        Args:
+            n: Output channels.
+            k: Columns of the activation.
+            activation_bits: 4 or 8.
+            group_size: Columns per weight scale; 0 is one scale per channel.
+
+        Raises:
+            EngineError: The target has no kernel for them; the message says why for each.
         """
-        container, layout, reasons = self.container, self.layout, []
-        if in_features % LAYOUTS[layout].block:
-            reasons.append(f"K = {in_features} is no multiple of {LAYOUTS[layout].block}, which layout {layout} wants")
-            layout = "plain"
-        if container == "packed" and (activation_bits != 4 or in_features % 2):
-            what = f"{activation_bits}-bit activations" if activation_bits != 4 else f"K = {in_features} is odd and"
-            reasons.append(f"{what} cannot be packed two a byte")
-            container = "int8"
-        return Lowering(container, layout), "; ".join(reasons) or None
+        filled_n, filled_k = -(-n // _TILE) * _TILE, k if group_size else -(-k // _TILE) * _TILE
+        if self.capability is None:
+            return self._portable(filled_n, filled_k, group_size)
+        # Two codes share a byte only where there are pairs of nibbles.
+        unpackable = f"{activation_bits}-bit activations" if activation_bits != 4 else f"K = {k} is odd" if k % 2 else None
+        container = None if unpackable is None else "int8"
+        kernel = kernel_for(_OP, capability=self.capability, container=container, n=filled_n, k=filled_k, group_size=group_size)
+        first, why = kernel_for(_OP, capability=self.capability), None
+        if kernel != first:
+            why = first.why_not(self.capability, n=filled_n, k=filled_k, group_size=group_size)
+            why = f"{first.name} {why or f'wants container {first.container}: {unpackable}'}"
+        return Lowering(kernel.name, kernel.container or "int8", kernel.layout or "plain", filled_n, filled_k, why)
+
+    def _portable(self, n: int, k: int, group_size: int) -> Lowering:
+        kernels = [
+            kernel for kernel in KERNELS if kernel.op == _OP and kernel.container in (None, "int8") and kernel.layout in (None, "plain")
+        ]
+        reasons = [_why_not(kernel, n=n, k=k, group_size=group_size) for kernel in kernels]
+        fitting = next((kernel for kernel, reason in zip(kernels, reasons, strict=True) if reason is None), None)
+        if fitting is not None:
+            return Lowering(fitting.name, "int8", "plain", n, k)
+        why = "; ".join(f"{kernel.name} {reason}" for kernel, reason in zip(kernels, reasons, strict=True))
+        return Lowering(None, "int8", "plain", n, k, f"no kernel takes it: {why}")
 
 
-PORTABLE = Lowering("int8", "plain")
-"""For no target in particular: what a runtime without kernels evaluates fastest."""
-
-_LOWERINGS = (
-    # (lowest compute capability, lowering): no int4 matrix instruction from 9.0 on, so packing activations buys nothing there.
-    (90, Lowering("int8", "k128")),
-    (80, Lowering("packed", "plain")),
-)
+def _why_not(kernel: Kernel, *, n: int, k: int, group_size: int) -> str | None:
+    return kernel.why_not(kernel.chosen[0], container="int8", layout="plain", n=n, k=k, group_size=group_size)
 
 
-def lowering_for(target: str | None) -> Lowering:
-    """The lowering for a GPU's compute capability.
+PORTABLE = Target(None)
+
+
+def target_named(target: str | None) -> Target:
+    """The GPU of that name.
 
     Args:
-        target: ``sm80``, ``sm89``, ``sm90``, ``sm100``, ...; None for no target in particular.
+        target: ``sm80``, ``sm89``, ``sm90``, ``sm100``, ...; None for none in particular.
 
     Raises:
-        UsageError: Not a compute capability, or one below 8.0, for which there is no kernel.
+        UsageError: Not a compute capability, or one that no kernel is chosen for.
     """
     if target is None:
         return PORTABLE
     match = re.fullmatch(r"sm_?(\d{2,3})[af]?", target)
     if match is None:
         raise UsageError(f"unknown target {target!r}: give a compute capability, such as sm80, sm89 or sm90")
-    for lowest, lowering in _LOWERINGS:
-        if int(match[1]) >= lowest:
-            return lowering
-    raise UsageError(f"there is no kernel for target {target!r}: choose sm{_LOWERINGS[-1][0]} or later")
+    try:
+        kernel_for(_OP, capability=int(match[1]))
+    except EngineError:
+        spans = (kernel.chosen for kernel in KERNELS if kernel.op == _OP)
+        choices = ", ".join(f"sm{low}" if low == high else f"sm{low} to sm{high}" for low, high in spans)
+        raise UsageError(f"there is no kernel for target {target!r}: choose from {choices}") from None
+    return Target(int(match[1]))
 
 
 class QdqProduct(pattern.PatternBase):
@@ -215,12 +259,15 @@ class Fuse(ir.passes.InPlacePass):
     """Merges the linears of the Q/DQ form that read one quantized input into one ``W4A4Gemm``.
 
     Args:
-        lowering: How the target wants the operands stored; a group that it does not fit is stored plainly and its node says why.
+        target: The GPU whose kernels the operands are stored for.
+
+    Raises:
+        EngineError: The target has no kernel for a group.
     """
 
-    def __init__(self, lowering: Lowering = PORTABLE) -> None:
+    def __init__(self, target: Target = PORTABLE) -> None:
         super().__init__()
-        self.lowering = lowering
+        self.target = target
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fuse in every graph, subgraphs included; ``modified`` is whether anything matched."""
@@ -228,7 +275,7 @@ class Fuse(ir.passes.InPlacePass):
         modified = False
         for graph in model.graphs():
             for linears in _find(model, graph):
-                _fuse(linears, self.lowering, names)
+                _fuse(linears, self.target, names)
                 modified = True
         if modified:
             add_functions(model)
@@ -273,21 +320,24 @@ def _bias_of(product: ir.Node, out_features: int) -> tuple[ir.Node | None, ir.Va
     return add, bias
 
 
-def _fuse(linears: Sequence[_QdqLinear], lowering: Lowering, names: Names) -> None:
+def _fuse(linears: Sequence[_QdqLinear], target: Target, names: Names) -> None:
     first = linears[0]
     flat, k, n = first.flat, first.in_features, sum(part.out_features for part in linears)
-    bits = flat.attributes.get_int("bits", 4)
-    fitted, reason = lowering.fit(k, bits)
-    packed = fitted.container == "packed"
+    bits, groups = flat.attributes.get_int("bits", 4), first.scales_per_row
     name = first.name if len(linears) == 1 else flat.metadata_props.get(GROUP_TAG) or first.name
+    try:
+        lowering = target.lower(n=n, k=k, activation_bits=bits, group_size=0 if groups == 1 else k // groups)
+    except EngineError as error:
+        raise EngineError(f"{name!r}: {error}") from None
+    packed = lowering.container == "packed"
     tags = {
         **dict(set.intersection(*(set(part.product.metadata_props.items()) for part in linears))),  # the exporter's, where they agree
         GROUP_TAG: flat.metadata_props.get(GROUP_TAG) or name,
         LINEARS_TAG: json.dumps([part.name for part in linears]),
-        LOWERING_TAG: f"{fitted.container}/{fitted.layout}" + (f" ({reason})" if reason else ""),
+        LOWERING_TAG: json.dumps(asdict(lowering)),
     }
-    if reason:
-        logger.info("%s: stored as %s/%s: %s", name, fitted.container, fitted.layout, reason)
+    if lowering.why:
+        logger.info("%s: %s, stored as %s/%s: %s", name, lowering.kernel or "body", lowering.container, lowering.layout, lowering.why)
     obsolete = _retire(linears, names)
     # The input is there at the first product, and whatever reads an output comes after it.
     insert = Insertion(first.product, names, tags)
@@ -296,21 +346,49 @@ def _fuse(linears: Sequence[_QdqLinear], lowering: Lowering, names: Names) -> No
     assert x is not None and left is not None and right is not None and clip is not None  # noqa: PT018
     flat_name = flat.name or f"{name}.flat_quantize"
     q, scale = insert.add(flat_quantize_node(x, left, right, clip, bits=bits, packed=packed, name=flat_name))
-    weight = lazy_int4_tensor(lambda: to_layout(np.concatenate([part.read_codes() for part in linears]), fitted.layout), (n, k))
-    scales = ir.LazyTensor(
-        lambda: ir.tensor(np.concatenate([part.read_scales() for part in linears])), ir.DataType.FLOAT, ir.Shape([n, first.scales_per_row])
-    )
-    bias = ir.tensor(np.concatenate([part.read_bias() for part in linears]))
-    constants = [insert.constant(f"{name}.{what}", t) for what, t in (("weight_int4", weight), ("weight_scale", scales), ("bias", bias))]
-    gemm = w4a4_gemm_node(q, scale, *constants, packed=packed, layout=fitted.layout, dtype=first.dtype, name=name)
-    (y,) = insert.add(gemm)
+    if lowering.k > k:
+        q = _fill_columns(insert, q, k // (1 + packed), lowering.k // (1 + packed), f"{name}.fill")
+    constants = [
+        insert.constant(f"{name}.{what}", tensor)
+        for what, tensor in zip(("weight_int4", "weight_scale", "bias"), _stack(linears, lowering), strict=True)
+    ]
+    (y,) = insert.add(w4a4_gemm_node(q, scale, *constants, packed=packed, layout=lowering.layout, dtype=first.dtype, name=name))
     outputs: Sequence[ir.Value] = (y,)
-    if len(linears) > 1:
-        sizes = insert.constant(f"{name}.split_sizes", ir.tensor([part.out_features for part in linears], dtype=ir.DataType.INT64))
-        outputs = insert.add(ir.node("Split", [y, sizes], {"axis": -1}, num_outputs=len(linears), name=f"{name}.split"))
-    for part, output in zip(linears, outputs, strict=True):
+    sizes = [part.out_features for part in linears] + [lowering.n - n] * (lowering.n > n)
+    if len(sizes) > 1:
+        split = insert.constant(f"{name}.split_sizes", ir.tensor(sizes, dtype=ir.DataType.INT64))
+        outputs = insert.add(ir.node("Split", [y, split], {"axis": -1}, num_outputs=len(sizes), name=f"{name}.split"))
+        for output, size in zip(outputs, sizes, strict=True):
+            output.type, output.shape = ir.TensorType(first.dtype), last_dim(y.shape, size)
+    for part, output in zip(linears, outputs, strict=False):
         take_over(part.output, output, ())
     insert.graph.remove(obsolete, safe=True)
+
+
+def _stack(linears: Sequence[_QdqLinear], lowering: Lowering) -> tuple[ir.TensorProtocol, ir.TensorProtocol, ir.TensorProtocol]:
+    """Weights, their scales and biases of all linears along N, filled up to the stored size: codes with 0, scales with 1, biases with 0."""
+    first, n = linears[0], sum(part.out_features for part in linears)
+    rows, columns = lowering.n - n, lowering.k - first.in_features
+
+    def codes() -> npt.NDArray[np.int8]:
+        stacked = np.concatenate([part.read_codes() for part in linears])
+        return to_layout(np.pad(stacked, ((0, rows), (0, columns))) if rows or columns else stacked, lowering.layout)
+
+    def scales() -> ir.TensorProtocol:
+        stacked = np.concatenate([part.read_scales() for part in linears])
+        return ir.tensor(np.pad(stacked, ((0, rows), (0, 0)), constant_values=1))
+
+    return (
+        lazy_int4_tensor(codes, (lowering.n, lowering.k)),
+        ir.LazyTensor(scales, ir.DataType.FLOAT, ir.Shape([lowering.n, first.scales_per_row])),
+        ir.tensor(np.pad(np.concatenate([part.read_bias() for part in linears]), (0, rows))),
+    )
+
+
+def _fill_columns(insert: Insertion, q: ir.Value, columns: int, filled: int, name: str) -> ir.Value:
+    """Codes with more columns. Weights are zero there, so they may repeat others: ``Gather`` takes int8 everywhere, ``Pad`` does not."""
+    index = insert.constant(f"{name}.index", ir.tensor(np.arange(filled, dtype=np.int64) % columns))
+    return insert.node("Gather", [q, index], {"axis": -1}, name=name, dtype=ir.DataType.INT8, shape=last_dim(q.shape, filled))
 
 
 def _retire(linears: Sequence[_QdqLinear], names: Names) -> list[ir.Node]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 from onnx_ir.passes.common import CheckerPass, RemoveUnusedNodesPass
 
-from fqonnx.passes.fuse import Fuse, lowering_for
+from fqonnx.passes.fuse import Fuse, target_named
 from fqonnx.passes.quantize import Quantize
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def rewrite_passes(
     groups: Sequence[LinearGroup], solution: Callable[[str], GroupSolution], recipe: Recipe, target: str | None = None
 ) -> tuple[ir.passes.PassBase, ...]:
     """The passes that ``quantize_model`` runs; see there."""
-    return (Quantize(groups, solution, recipe), RemoveUnusedNodesPass(), Fuse(lowering_for(target)), RemoveUnusedNodesPass())
+    return (Quantize(groups, solution, recipe), RemoveUnusedNodesPass(), Fuse(target_named(target)), RemoveUnusedNodesPass())
 
 
 def quantize_model(
@@ -56,6 +56,7 @@ def quantize_model(
 
     Raises:
         UsageError: There is no kernel for ``target``.
+        EngineError: There is none for a group on ``target``.
         CalibrationError: A solution does not fit its group or its numbers leave the range of the activation's type.
         ModelError: The model's opset has no fqonnx ops.
         onnx_ir.passes.PostconditionError: With ``validate``, a pass left an invalid model.

@@ -273,7 +273,10 @@ def test_build_writes_a_whole_directory(built: Path) -> None:
         "model.onnx", "calibration.safetensors", "manifest.json", "report.json", "report.html",
     }  # fmt: skip
     assert artifact.recipe == Recipe(transform="hadamard", weights="rtn")
-    assert [group["kernel"] for group in artifact.groups] == ["fqonnx.W4A4Gemm int8/plain"] * 2
+    for group in artifact.groups:
+        kernel = group["kernel"]
+        assert (kernel["op"], kernel["kernel"], kernel["container"], kernel["layout"]) == ("fqonnx.W4A4Gemm", "mma_s8", "int8", "plain")
+        assert kernel["instruction"].startswith("mma.m16n8k32")
     assert artifact.manifest["calibration"]["samples"] == 18
     assert artifact.manifest["calibration"]["held_out"] == 2
     assert not list(built.glob(".*.partial"))
@@ -391,7 +394,10 @@ def test_a_target_stores_operands_for_its_kernels(tmp_path: Path) -> None:
     model, data = write_mlp(tmp_path / "mlp.onnx"), write_data(tmp_path / "data.npz")
     done = run("build", model, "-o", tmp_path / "out", "--calib-data", data, "--transform", "none", "--weights", "rtn", "--target", "sm86")
     assert done.code == 0, done.stderr
-    assert {group["kernel"] for group in open_artifact(tmp_path / "out").groups} == {"fqonnx.W4A4Gemm packed/plain"}
+    kernels = [group["kernel"] for group in open_artifact(tmp_path / "out").groups]
+    assert {(kernel["kernel"], kernel["container"], kernel["layout"], kernel["why"]) for kernel in kernels} == {
+        ("mma_s4", "packed", "plain", None)
+    }
 
 
 def test_an_engine_is_built_for_the_shapes_of_the_data(tmp_path: Path) -> None:

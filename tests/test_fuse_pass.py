@@ -13,11 +13,11 @@ from onnx import TensorProto
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript.rewriter import MatchingTracer
 
-from fqonnx.errors import UsageError
+from fqonnx.errors import EngineError, UsageError
 from fqonnx.ops import DOMAIN, inline_bodies, to_layout
 from fqonnx.ops.reference import unpack_rows, w4a4_gemm
 from fqonnx.passes.edit import GROUP_TAG, LINEARS_TAG
-from fqonnx.passes.fuse import LOWERING_TAG, PORTABLE, Fuse, Lowering, QdqProduct, lowering_for
+from fqonnx.passes.fuse import LOWERING_TAG, PORTABLE, Fuse, Lowering, QdqProduct, Target, target_named
 from fqonnx.passes.pipeline import DEBUG_VARIABLE, check, quantize_model
 from fqonnx.passes.quantize import Quantize
 from fqonnx.recipe import SCHEMES, Recipe
@@ -63,12 +63,14 @@ def test_codes_are_those_of_the_qdq_form_and_outputs_agree(name: str, scheme: st
     model, groups, _ = qdq(proto, scheme)
     codes = tuple(f"{group.name}.flat_quantize.q" for group in groups)
     before = run(model, arrays, codes)
-    assert Fuse(lowering_for(target))(model).modified
+    assert Fuse(target_named(target))(model).modified
     check(model)
     after = run(model, arrays, codes)
     flips = 0
     for code in codes:
-        packed = target == "sm86" and scheme == "w4a4"
+        (flat,) = (node for node in model.graph if code in (value.name for value in node.outputs))
+        packed = flat.attributes["packed"].as_int() == 1
+        assert packed == (target == "sm86" and scheme == "w4a4" and before[code].shape[-1] % 32 == 0)
         unpacked = unpack_rows(after[code]) if packed else after[code]
         if code == codes[0]:
             np.testing.assert_array_equal(unpacked, before[code])
@@ -80,25 +82,25 @@ def test_codes_are_those_of_the_qdq_form_and_outputs_agree(name: str, scheme: st
         assert difference < (1e-2 if flips else 1e-6)
 
 
-@pytest.mark.parametrize("group_size", [0, 32])
+@pytest.mark.parametrize("group_size", [0, 32, 128])
 @pytest.mark.parametrize("target", [None, "sm80", "sm90"])
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("scheme", FUSIBLE)
 def test_every_merged_linear_is_the_reference(scheme: str, dtype: int, target: str | None, group_size: int) -> None:
     b = Builder(dtype)
-    x = b.input("x", ["batch", 2, 128])
-    b.output(b.linear(x, 128, 64, "a", bias="left"), ["batch", 2, 64])
-    b.output(b.linear(x, 128, 32, "b"), ["batch", 2, 32])
+    x = b.input("x", ["batch", 2, 256])
+    b.output(b.linear(x, 256, 64, "a", bias="left"), ["batch", 2, 64])
+    b.output(b.linear(x, 256, 32, "b"), ["batch", 2, 32])
     proto = b.model()
     model, (group,), solutions = qdq(proto, scheme, group_size=group_size, scaled=False)
-    Fuse(lowering_for(target))(model)
+    Fuse(target_named(target))(model)
     check(model)
     (gemm,) = gemms(model).values()
     packed, layout = bool(gemm.attributes["packed"].as_int()), gemm.attributes["layout"].as_string()
     assert (packed, layout) == {
         None: (False, "plain"),
         "sm80": (scheme == "w4a4", "plain"),
-        "sm90": (False, "k128"),
+        "sm90": (False, "plain" if group_size == 32 else "k128"),
     }[target]
     arrays = feed(proto)
     q, scale = f"{group.name}.flat_quantize.q", f"{group.name}.flat_quantize.scale"
@@ -126,7 +128,7 @@ def test_each_group_becomes_one_quantizer_and_one_gemm(name: str) -> None:
     Fuse()(model)
     found_ops = ops(model)
     assert found_ops["FlatQuantize"] == found_ops["W4A4Gemm"] == len(groups)
-    assert found_ops["Split"] == sum(len(group.linears) > 1 for group in groups)
+    assert found_ops["Split"] == sum(len(group.linears) > 1 or group.out_features % 16 > 0 for group in groups)
     assert not found_ops.keys() & {"DequantizeLinear", "MatMul", "Gemm", "Cast", "Transpose"}
     assert all(value.uses() for value in model.graph.initializers.values()), "a constant that nothing reads"
     assert ir.to_proto(model).graph.input == proto.graph.input
@@ -134,7 +136,8 @@ def test_each_group_becomes_one_quantizer_and_one_gemm(name: str) -> None:
     for node, group in zip(gemms(model).values(), groups, strict=True):
         assert node.metadata_props[GROUP_TAG] == group.name
         assert json.loads(node.metadata_props[LINEARS_TAG]) == [linear.name for linear in group.linears]
-        assert node.metadata_props[LOWERING_TAG] == "int8/plain"
+        lowering = Lowering(**json.loads(node.metadata_props[LOWERING_TAG]))
+        assert lowering == Lowering("mma_s8", "int8", "plain", -(-group.out_features // 16) * 16, -(-group.in_features // 16) * 16)
     for group in groups:
         for linear in group.linears:
             (value,) = [v for node in model.graph for v in node.outputs if v.name == linear.output.name]
@@ -156,7 +159,7 @@ def test_the_exporters_metadata_stays_where_it_holds_for_all_that_is_merged() ->
 
 def test_weights_stay_lazy_and_are_stacked_in_the_layout_of_the_target() -> None:
     model, groups = found(gate_up())
-    solutions = solve(groups, SCHEMES["w4a4"], group_size=32)
+    solutions = solve(groups, SCHEMES["w4a4"])
     loads: Counter[str] = Counter()
 
     def load(name: str) -> GroupSolution:
@@ -175,49 +178,118 @@ def test_weights_stay_lazy_and_are_stacked_in_the_layout_of_the_target() -> None
     assert loads == Counter(dict.fromkeys(solutions, 2)), "merging reads a group once, however many linears it has"
 
 
-def test_what_does_not_fit_the_target_is_stored_plainly_and_says_so() -> None:
+def test_what_does_not_fit_the_first_kernel_says_so() -> None:
     model, _, _ = qdq(gate_up(), "w4a4")
-    Fuse(lowering_for("sm90"))(model)
-    assert [node.metadata_props[LOWERING_TAG] for node in gemms(model).values()] == [
-        "int8/k128",
-        "int8/plain (K = 96 is no multiple of 128, which layout k128 wants)",
+    Fuse(target_named("sm90"))(model)
+    assert [json.loads(node.metadata_props[LOWERING_TAG]) for node in gemms(model).values()] == [
+        {"kernel": "wgmma_s8", "container": "int8", "layout": "k128", "n": 192, "k": 128, "why": None},
+        {
+            "kernel": "mma_s8",
+            "container": "int8",
+            "layout": "plain",
+            "n": 128,
+            "k": 96,
+            "why": "wgmma_s8 wants a K that is a multiple of 128, not 96",
+        },
     ]
 
 
 @pytest.mark.parametrize(
-    ("lowering", "k", "bits", "expected", "reason"),
+    ("capability", "n", "k", "bits", "group_size", "expected"),
     [
-        (Lowering("int8", "k128"), 256, 4, Lowering("int8", "k128"), None),
-        (Lowering("int8", "k128"), 192, 4, Lowering("int8", "plain"), "K = 192 is no multiple of 128"),
-        (Lowering("packed", "plain"), 96, 4, Lowering("packed", "plain"), None),
-        (Lowering("packed", "plain"), 97, 4, Lowering("int8", "plain"), "K = 97 is odd"),
-        (Lowering("packed", "plain"), 96, 8, Lowering("int8", "plain"), "8-bit activations"),
-        (Lowering("packed", "k128"), 97, 8, Lowering("int8", "plain"), "128"),
+        (90, 512, 256, 4, 0, Lowering("wgmma_s8", "int8", "k128", 512, 256)),
+        (90, 512, 256, 8, 0, Lowering("wgmma_s8", "int8", "k128", 512, 256)),
+        (90, 512, 256, 4, 128, Lowering("wgmma_s8", "int8", "k128", 512, 256)),
+        (90, 1000, 256, 4, 0, Lowering("wgmma_s8", "int8", "k128", 1008, 256)),
+        (90, 64, 192, 4, 0, Lowering("mma_s8", "int8", "plain", 64, 192, "wgmma_s8 wants a K that is a multiple of 128, not 192")),
+        (
+            90,
+            64,
+            256,
+            4,
+            64,
+            Lowering("mma_s8", "int8", "plain", 64, 256, "wgmma_s8 wants weight groups of whole channels or 128, not 64"),
+        ),
+        (89, 64, 96, 4, 0, Lowering("mma_s4", "packed", "plain", 64, 96)),
+        (89, 64, 90, 4, 0, Lowering("mma_s4", "packed", "plain", 64, 96)),
+        (89, 64, 97, 4, 0, Lowering("mma_s8", "int8", "plain", 64, 112, "mma_s4 wants a K that is a multiple of 32, not 112")),
+        (89, 64, 95, 4, 0, Lowering("mma_s8", "int8", "plain", 64, 96, "mma_s4 wants container packed: K = 95 is odd")),
+        (89, 64, 96, 8, 0, Lowering("mma_s8", "int8", "plain", 64, 96, "mma_s4 wants container packed: 8-bit activations")),
+        (120, 33, 50, 4, 0, Lowering("mma_s8", "int8", "plain", 48, 64)),
+        (None, 33, 50, 4, 0, Lowering("mma_s8", "int8", "plain", 48, 64)),
+        (
+            None,
+            32,
+            48,
+            4,
+            16,
+            Lowering(
+                None,
+                "int8",
+                "plain",
+                32,
+                48,
+                "no kernel takes it: mma_s8 wants weight groups of whole channels or any multiple of 32, not 16",
+            ),
+        ),
     ],
 )
-def test_fit(lowering: Lowering, k: int, bits: int, expected: Lowering, reason: str | None) -> None:
-    fitted, why = lowering.fit(k, bits)
-    assert fitted == expected
-    assert why is None if reason is None else why is not None and reason in why
+def test_lowering_follows_from_the_table_of_kernels(
+    capability: int | None, n: int, k: int, bits: int, group_size: int, expected: Lowering
+) -> None:
+    assert Target(capability).lower(n=n, k=k, activation_bits=bits, group_size=group_size) == expected
+
+
+def test_a_group_without_a_kernel_is_refused() -> None:
+    model, _, _ = qdq(gate_up(), "w4a4", group_size=16)
+    with pytest.raises(
+        EngineError, match=r"'mlp.gate\+up': no kernel for this W4A4Gemm on compute capability 9.0: wgmma_s8 wants .* not 16"
+    ):
+        Fuse(target_named("sm90"))(model)
 
 
 @pytest.mark.parametrize(
-    ("target", "lowering"),
-    [
-        (None, PORTABLE),
-        *((f"sm{c}", Lowering("packed", "plain")) for c in (80, 86, 87, 89)),
-        *((f"sm{c}", Lowering("int8", "k128")) for c in (90, 100, 103, 120)),
-        ("sm_90a", Lowering("int8", "k128")),
-    ],
+    ("target", "capability"),
+    [(None, None), ("sm80", 80), ("sm86", 86), ("sm89", 89), ("sm90", 90), ("sm_90a", 90), ("sm100", 100), ("sm103", 103), ("sm120", 120)],
 )
-def test_lowering_of_a_target(target: str | None, lowering: Lowering) -> None:
-    assert lowering_for(target) == lowering
+def test_names_of_targets(target: str | None, capability: int | None) -> None:
+    assert target_named(target) == Target(capability)
+    assert target_named(None) == PORTABLE
 
 
 @pytest.mark.parametrize("target", ["sm75", "sm70", "hopper", "90", "", "sm9", "sm90x", "sm1000"])
 def test_a_target_without_kernels_is_refused(target: str) -> None:
     with pytest.raises(UsageError, match=f"{target!r}.*sm80"):
-        lowering_for(target)
+        target_named(target)
+
+
+@pytest.mark.parametrize("target", [None, "sm80", "sm90"])
+@pytest.mark.parametrize("k", [40, 45, 150])
+def test_sizes_that_kernels_do_not_take_are_filled_up(k: int, target: str | None) -> None:
+    """One linear and two merged ones."""
+    b = Builder()
+    x = b.input("x", ["batch", 3, k])
+    first = b.linear(x, k, 33, "first", bias="right")
+    b.output(first, ["batch", 3, 33])
+    second = b.linear(x, k, 40, "second")
+    b.output(second, ["batch", 3, 40])
+    b.output(b.linear(b.node("Relu", [second], "relu"), 40, 35, "last"), ["batch", 3, 35])
+    proto = b.model()
+    arrays = feed(proto)
+    model, _, _ = qdq(proto, "w4a4")
+    before = run(model, arrays)
+    Fuse(target_named(target))(model)
+    check(model)
+    RemoveUnusedNodesPass()(model)
+    check(model)
+    for node in gemms(model).values():
+        assert node.inputs[2] is not None
+        assert [size % 16 for size in node.inputs[2].shape or ()] == [0, 0]
+    assert ops(model)["Gather"] == ops(model)["Split"] == 2
+    after = run(model, arrays)
+    for name, value in before.items():
+        assert after[name].shape == value.shape
+        np.testing.assert_allclose(after[name], value, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a16", "w8a16"])
@@ -230,9 +302,9 @@ def test_other_schemes_are_left_as_they_are(scheme: str) -> None:
 
 def test_fusing_again_changes_nothing() -> None:
     model, _, _ = qdq(qkv(), "w4a4")
-    assert Fuse(lowering_for("sm80"))(model).modified
+    assert Fuse(target_named("sm80"))(model).modified
     before = graph_text(model)
-    assert not Fuse(lowering_for("sm80"))(model).modified
+    assert not Fuse(target_named("sm80"))(model).modified
     assert graph_text(model) == before
 
 
@@ -295,7 +367,7 @@ def test_inside_a_branch() -> None:
     arrays = feed(mlp()) | {"condition": np.array(True)}
     check(model)
     before = run(model, arrays)
-    assert Fuse(lowering_for("sm80"))(model).modified
+    assert Fuse(target_named("sm80"))(model).modified
     check(model)
     assert Counter(node.op_type for node in branch)["W4A4Gemm"] == 2
     np.testing.assert_allclose(run(model, arrays)["result"], before["result"], rtol=1e-4, atol=1e-4)
@@ -448,5 +520,5 @@ def test_check_looks_at_names_and_order() -> None:
 @pytest.mark.parametrize(("name", "target"), [("qkv", "sm80"), ("gate_up", "sm90"), ("outputs", None)])
 def test_golden(name: str, target: str | None, golden: Callable[[str, ir.Model | str], None]) -> None:
     model, _, _ = qdq(MODELS[name](FP16), "w4a4")
-    Fuse(lowering_for(target))(model)
+    Fuse(target_named(target))(model)
     golden(f"fuse_{name}_{target or 'portable'}", graph_text(model).partition("\nfunction ")[0])
