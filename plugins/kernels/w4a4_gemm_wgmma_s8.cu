@@ -217,7 +217,7 @@ struct ManyTokens {
     uint64_t full[kStages];
     uint64_t empty[kStages];
   };
-  static constexpr int kSharedBytes = sizeof(Shared) + 1024;  // room to align the first
+  static constexpr int kSharedBytes = sizeof(Shared);
 };
 
 struct Tile {
@@ -239,8 +239,8 @@ __global__ void __launch_bounds__(kConsumers + 128, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Kernel = ManyTokens<kTokens, kTiles, kStages>;
   using Stage = typename Kernel::Stage;
-  extern __shared__ uint8_t raw[];
-  auto& shared = *reinterpret_cast<typename Kernel::Shared*>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t(1023));
+  extern __shared__ __align__(1024) uint8_t raw[];
+  auto& shared = *reinterpret_cast<typename Kernel::Shared*>(raw);
   const int warpgroup = threadIdx.x / 128;
   const uint32_t rank = cluster_rank();
   const int row_pairs = (p.n + kPair * Kernel::kRows - 1) / (kPair * Kernel::kRows);
@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(kConsumers + 128, 1)
     }
     fence_barrier_init();
   }
-  cluster_arrive();
+  cluster_arrive_relaxed();
   cluster_wait();
 
   if (warpgroup == 0) {
@@ -322,7 +322,6 @@ __global__ void __launch_bounds__(kConsumers + 128, 1)
             const int row = min(row0 + 64 * t + row_in_warpgroup + 8 * half, p.n - 1);
             return __ldg(p.w_scale + size_t(row) * p.steps + step);
           });
-      cursor.advance();
 
 #pragma unroll
       for (int i = 0; i < kTokens / 128; ++i) shared.scale[consumer][thread + 128 * i] = token_scale[i];
@@ -374,7 +373,7 @@ __global__ void __launch_bounds__(kConsumers + 128, 1)
     if (thread == 0) store_wait_read<0>();
   }
   // A block's barriers and ring must outlive its partner's copies and arrivals.
-  cluster_arrive();
+  cluster_arrive_relaxed();
   cluster_wait();
 #endif
 }
@@ -395,7 +394,7 @@ struct FewTokens {
     uint64_t empty[kStages];
   };
   static_assert(kTokens * kPartialPitch * 4 <= kStages * Stage::kBytes, "the sums take the ring's place");
-  static constexpr int kSharedBytes = sizeof(Shared) + 1024;
+  static constexpr int kSharedBytes = sizeof(Shared);
 };
 
 __device__ __forceinline__ int4 load_from_block(const void* place, uint32_t block) {
@@ -416,8 +415,8 @@ __global__ void __launch_bounds__(kConsumers + 32, kGrouped && kTokens >= 32 ? 1
   using Kernel = FewTokens<kTokens>;
   using Stage = typename Kernel::Stage;
   constexpr int kStages = Kernel::kStages;
-  extern __shared__ uint8_t raw[];
-  auto& shared = *reinterpret_cast<typename Kernel::Shared*>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t(1023));
+  extern __shared__ __align__(1024) uint8_t raw[];
+  auto& shared = *reinterpret_cast<typename Kernel::Shared*>(raw);
   const int splits = gridDim.y;  // the cluster
   const int split = blockIdx.y;
   const int row0 = blockIdx.x * kFewRows;
