@@ -368,13 +368,13 @@ def dequantize(q: torch.Tensor, scale: torch.Tensor, *, dtype: torch.dtype | Non
     import torch
 
     dtype = dtype or torch.float32
-    container = _container_of(q)
+    container, number = _container_of(q), _dtype(dtype, "dtype")
     k = q.shape[-1] * _CODES_PER_ITEM[container]
     rows = q.shape[:-1].numel()
     _require(q, "q", like=q, shape=tuple(q.shape), dtype=q.dtype)
     _require_scale(scale, rows, like=q)
     y = torch.empty((*q.shape[:-1], k), dtype=dtype, device=q.device)
-    params = DequantizeParams(q.data_ptr(), scale.data_ptr(), y.data_ptr(), rows, k, CONTAINERS[container], _dtype(dtype, "dtype"))
+    params = DequantizeParams(q.data_ptr(), scale.data_ptr(), y.data_ptr(), rows, k, CONTAINERS[container], number)
     _enqueue(q, "fq_dequantize", params)
     return y
 
@@ -553,7 +553,7 @@ def _gemm_params(
     import torch
 
     dtype = dtype or torch.float16
-    container = _container_of(q)
+    container, number = _container_of(q), _dtype(dtype, "dtype")
     if layout not in LAYOUTS:
         raise UsageError(f"unknown weight layout {layout!r}: choose from {', '.join(LAYOUTS)}")
     k, rows = q.shape[-1] * _CODES_PER_ITEM[container], q.shape[:-1].numel()
@@ -570,7 +570,7 @@ def _gemm_params(
     y = torch.empty((*q.shape[:-1], n), dtype=dtype, device=q.device)
     params = W4A4GemmParams(
         *(tensor.data_ptr() for tensor in (q, scale, w, w_scale)), _address(bias), y.data_ptr(), rows, n, k, groups,
-        _dtype(dtype, "dtype"), CONTAINERS[container], LAYOUTS[layout], variant_of("W4A4Gemm", kernel), tactic,
+        number, CONTAINERS[container], LAYOUTS[layout], variant_of("W4A4Gemm", kernel), tactic,
     )  # fmt: skip
     return params, y
 
@@ -584,22 +584,20 @@ def _enqueue(tensor: torch.Tensor, function: str, *params: ctypes.Structure) -> 
 
 
 def _rows(x: torch.Tensor, name: str) -> tuple[int, int]:
-    """How many rows x has, and the elements from one to the next."""
+    """How many rows x has, and the elements from one to the next, where that is the same everywhere."""
     if not x.is_cuda:
         raise UsageError(f"{name} is on {x.device}: kernels take CUDA tensors")
     if not x.dim():
         raise UsageError(f"{name} is a scalar: kernels take rows, [.., K]")
     k, rows = x.shape[-1], x.shape[:-1].numel()
-    if x.is_contiguous() or (rows <= 1 and x.stride(-1) == 1):
+    if rows <= 1 and (x.stride(-1) == 1 or k <= 1):
         return rows, k
-    if x.dim() == 2 and x.stride(1) == 1 and x.stride(0) >= k:
-        return rows, x.stride(0)
-    # More than one leading axis: torch knows whether one stride leads from row to row.
-    if x.stride(-1) == 1:
-        try:
-            return _rows(x.view(-1, k), name)
-        except RuntimeError:
-            pass
+    # From the innermost leading axis on, each axis has to go on where the one inside it ends.
+    axes = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1][::-1]
+    ends = [stride * size for size, stride in axes]
+    joined = all(end == stride for end, (_, stride) in zip(ends, axes[1:], strict=False))
+    if rows == 0 or (joined and x.stride(-1) == 1 and axes[0][1] >= k):
+        return rows, axes[0][1] if rows else k
     raise UsageError(f"{name} {list(x.shape)} with strides {list(x.stride())} has no one stride from row to row: pass {name}.contiguous()")
 
 

@@ -364,6 +364,7 @@ class _Pool:
         self._work = work
         self._jobs = jobs
         self._running: dict[Source, subprocess.Popen[bytes]] = {}
+        self._started: dict[Source, float] = {}
 
     def run(self, sources: Sequence[Source]) -> Generator[Source]:
         """Compile, and yield each source as it is done.
@@ -394,6 +395,7 @@ class _Pool:
         temporary.mkdir()
         command = self._plan.command(source, place / "object.o", threads)
         logger.debug("%s", " ".join(command))
+        self._started[source] = time.monotonic()
         with (place / "output.txt").open("wb") as output:
             self._running[source] = subprocess.Popen(  # noqa: S603
                 command,
@@ -410,7 +412,7 @@ class _Pool:
         shutil.rmtree(place / "tmp", ignore_errors=True)
         logger.debug("%s: %s", source.name, output)
         if code == 0 and (place / "object.o").is_file():
-            logger.info("compiled %s", source.name)
+            logger.info("compiled %s in %.1f s", source.name, time.monotonic() - self._started[source])
             return
         raise EngineError(f"{source.name} does not compile: {_first_error(output, code)} (FQONNX_DEBUG=1 shows everything)")
 

@@ -5,6 +5,7 @@ The library reads the same file, so that what a build writes into a model and it
 
 from __future__ import annotations
 
+import csv
 import re
 from dataclasses import dataclass
 from importlib.resources import files
@@ -18,7 +19,6 @@ ANY_GROUP = 32
 """A kernel for any group size takes multiples of this."""
 
 _ENTRY = re.compile(r"^FQ_KERNEL\((.*)\)\s*$")
-_FIELD = re.compile(r'\s*(?:"([^"]*)"|([^,"]*?))\s*(?:,|$)')
 _FIELDS = 12
 
 
@@ -135,7 +135,7 @@ def dotted(capability: int) -> str:
 
 def _entry(line: str) -> Kernel:
     whole = _ENTRY.match(line)
-    fields = [quoted or bare for quoted, bare in _FIELD.findall(whole[1])][:_FIELDS] if whole else []
+    fields = next(csv.reader([whole[1]], skipinitialspace=True)) if whole else []
     if len(fields) != _FIELDS:
         raise ValueError(f"not an entry of {_FIELDS} fields: {line}")
     op, name, container, layout, *numbers = fields[:10]
