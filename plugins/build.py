@@ -373,11 +373,10 @@ class _Pool:
             EngineError: One does not compile; the others are ended.
         """
         waiting = list(sources)
-        threads = max(1, self._jobs // len(waiting))
         try:
             while waiting or self._running:
                 while waiting and len(self._running) < self._jobs:
-                    self._start(waiting.pop(0), threads)
+                    self._start(waiting.pop(0))
                 done = [source for source, process in self._running.items() if process.poll() is not None]
                 for source in done:
                     process = self._running.pop(source)
@@ -388,12 +387,13 @@ class _Pool:
         finally:
             self._end()
 
-    def _start(self, source: Source, threads: int) -> None:
+    def _start(self, source: Source) -> None:
         place = _workplace(self._work, source)
         place.mkdir(parents=True)
         temporary = place / "tmp"
         temporary.mkdir()
-        command = self._plan.command(source, place / "object.o", threads)
+        # One source can take longer than all others together: its architectures are compiled side by side, too.
+        command = self._plan.command(source, place / "object.o", threads=self._jobs)
         logger.debug("%s", " ".join(command))
         self._started[source] = time.monotonic()
         with (place / "output.txt").open("wb") as output:
