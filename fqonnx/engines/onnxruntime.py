@@ -90,19 +90,36 @@ def session(
         options.enable_profiling, options.profile_file_prefix = True, str(profile_to)
     if device == "cuda" and imports_domain(model, DOMAIN):
         _register_kernels(options)
-    with one_line_errors("ONNX Runtime cannot load the model", hint="check the model with onnx.checker, or export it again"):
-        made = ort.InferenceSession(
-            model if isinstance(model, bytes) else str(model),
-            sess_options=options,
-            providers=[(provider, dict(provider_options or {}))],
-            enable_fallback=0,
-        )
+
+    def load(model: str | bytes) -> Any:
+        return ort.InferenceSession(model, options, [(provider, dict(provider_options or {}))], enable_fallback=0)
+
+    try:
+        with one_line_errors("ONNX Runtime cannot load the model", hint="check the model with onnx.checker, or export it again"):
+            made = load(model if isinstance(model, bytes) else str(model))
+    except EngineError:
+        # Where CUDA does not start ONNX Runtime goes on without it, and what it then says is not the reason.
+        if device == "cuda" and load(_trivial_model()).get_providers()[0] != provider:
+            raise _cannot_start_cuda(ort) from None
+        raise
     if made.get_providers()[0] != provider:
-        raise EngineError(
-            f"ONNX Runtime {ort.__version__} cannot start CUDA here (it needs an NVIDIA driver, CUDA {ort.cuda_version} and cuDNN 9): "
-            f"pip install 'onnxruntime-gpu[cuda,cudnn]=={ort.__version__}', or use --device cpu"
-        )
+        raise _cannot_start_cuda(ort)
     return made
+
+
+def _cannot_start_cuda(ort: Any) -> EngineError:
+    return EngineError(
+        f"ONNX Runtime {ort.__version__} cannot start CUDA here (it needs an NVIDIA driver, CUDA {ort.cuda_version} and cuDNN 9): "
+        f"pip install 'onnxruntime-gpu[cuda,cudnn]=={ort.__version__}', or use --device cpu"
+    )
+
+
+def _trivial_model() -> bytes:
+    import onnx.parser
+
+    text = '<ir_version: 10, opset_import: ["" : 21]> trivial (float[1] x) => (float[1] y) { y = Identity(x) }'
+    model: bytes = onnx.parser.parse_model(text).SerializeToString()
+    return model
 
 
 def require_kernels() -> None:

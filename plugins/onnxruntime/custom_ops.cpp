@@ -646,10 +646,10 @@ OrtCustomOpDomain* domain_for(const OrtApi& api) {
   return found->second.domain;
 }
 
-// The minor number of "1.31.1" is the newest version of the interface that it has.
-uint32_t newest_api(const char* version) {
+// Asking an older ONNX Runtime for the interface would make it print an error of its own. "1.31.1" has versions 1 to 31 of it.
+bool is_too_old(const char* version) {
   unsigned major = 0, minor = 0;
-  return std::sscanf(version, "%u.%u", &major, &minor) == 2 && major == 1 ? minor : 0;
+  return std::sscanf(version, "%u.%u", &major, &minor) != 2 || major < 1 || (major == 1 && minor < kApiVersion);
 }
 
 }  // namespace
@@ -659,11 +659,12 @@ uint32_t newest_api(const char* version) {
 extern "C" FQ_API OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   using namespace fq::ort;
   const char* const version = base->GetVersionString();
-  if (newest_api(version) < kApiVersion) {
-    const std::string message = "fqonnx's kernels need ONNX Runtime 1." + std::to_string(kApiVersion) + " or newer, this is " + version +
-                                ": upgrade onnxruntime-gpu";
+  const OrtApi* const api = is_too_old(version) ? nullptr : base->GetApi(kApiVersion);
+  if (api == nullptr) {
+    const std::string number = std::to_string(kApiVersion);
+    const std::string message = "fqonnx's kernels need version " + number + " of ONNX Runtime's interface, which " + version +
+                                " does not have: install onnxruntime-gpu 1." + number + " or newer";
     return base->GetApi(1)->CreateStatus(ORT_NOT_IMPLEMENTED, message.c_str());
   }
-  const OrtApi& api = *base->GetApi(kApiVersion);
-  return guarded(api, [&] { check(api, api.AddCustomOpDomain(options, domain_for(api))); });
+  return guarded(*api, [&] { check(*api, api->AddCustomOpDomain(options, domain_for(*api))); });
 }
