@@ -333,7 +333,7 @@ def resolve_shapes(inputs: Sequence[model_file.ModelInput], given: Shapes) -> di
             for dim, size in zip(expected, shape, strict=True):
                 if isinstance(dim, str):
                     bind(dim, size, said)
-            shapes[name] = shape
+            shapes[name] = tuple(size if dim is None else dim for dim, size in zip(expected, shape, strict=True))
         elif name in names and len(shape) == 1:
             bind(name, shape[0], said)
         else:

@@ -34,7 +34,7 @@ from fqonnx.errors import EngineError
 
 sys.path.insert(0, str(Path(__file__).parent))  # `graphs` and `exporting` lie beside this file, wherever it is imported from
 from exporting import run_program
-from graphs import GraphWriter, typed
+from graphs import GraphWriter, declared
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -145,14 +145,10 @@ class _Stack:
 
     def __init__(self, graph: GraphWriter, shape: Shape) -> None:
         self.graph, self.shape = graph, shape
-        self.hidden_states = ir.Input("hidden_states", ir.Shape(["batch", "sequence", shape.hidden]), ir.TensorType(graph.dtype))
-        self.mask = ir.Input("attention_mask", ir.Shape(["batch", "past_sequence + sequence"]), ir.TensorType(ir.DataType.INT64))
+        self.hidden_states = declared("hidden_states", graph.dtype, ["batch", "sequence", shape.hidden])
+        self.mask = declared("attention_mask", ir.DataType.INT64, ["batch", "past_sequence + sequence"])
         self.past = [
-            ir.Input(
-                f"past_key_values.{layer}.{part}",
-                ir.Shape(["batch", shape.kv_heads, "past_sequence", shape.head]),
-                ir.TensorType(graph.dtype),
-            )
+            declared(f"past_key_values.{layer}.{part}", graph.dtype, ["batch", shape.kv_heads, "past_sequence", shape.head])
             for layer in range(shape.layers)
             for part in ("key", "value")
         ]
@@ -173,7 +169,7 @@ class _Stack:
             attended, key, value = self.attention(normed, qkv, layer, f"{name}/attn")
             for part, present in (("key", key), ("value", value)):
                 dims = ["batch", shape.kv_heads, "past_sequence + sequence", shape.head]
-                outputs.append(typed(present, f"present.{layer}.{part}", graph.dtype, dims))
+                outputs.append(declared(f"present.{layer}.{part}", graph.dtype, dims, present))
             delta = self.linear(attended, f"{name}/attn/o_proj", shape.hidden, shape.hidden)
             normed, x = self.norm(x, delta, f"{name}/post_attention_layernorm")
             gate, up = (self.linear(normed, f"{name}/mlp/{part}_proj", shape.hidden, shape.intermediate) for part in ("gate", "up"))
@@ -181,7 +177,7 @@ class _Stack:
             gated = graph.node("Mul", [silu, up], name=f"{name}/mlp/Mul")
             delta = self.linear(gated, f"{name}/mlp/down_proj", shape.intermediate, shape.hidden)
         last, _ = self.norm(x, delta, "/model/norm")
-        outputs.insert(0, typed(last, "last_hidden_state", graph.dtype, ["batch", "sequence", shape.hidden]))
+        outputs.insert(0, declared("last_hidden_state", graph.dtype, ["batch", "sequence", shape.hidden], last))
         graph.save([self.hidden_states, self.mask, *self.past], outputs, name="decoder", opsets=self.opsets)
 
     def linear(self, x: ir.Value, name: str, k: int, n: int) -> ir.Value:

@@ -86,7 +86,8 @@ class GraphWriter:
         return value
 
 
-def typed(value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
-    """The value as an output of a graph: named, typed and shaped."""
+def declared(name: str, dtype: ir.DataType, shape: Sequence[int | str], value: ir.Value | None = None) -> ir.Value:
+    """A value named, typed and shaped as a graph's inputs and outputs are; None makes a new one, an input."""
+    value = ir.Value() if value is None else value
     value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
     return value
