@@ -12,6 +12,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
+#include <type_traits>
+
 #include "kernel.h"
 #include "mma.cuh"
 
@@ -19,6 +22,7 @@ namespace fq {
 namespace {
 
 constexpr int kPanel = 128;  // codes of K
+constexpr int kFewSums = 32;  // of a thread, where registers are short
 constexpr int kBand = 16;    // tiles of tokens that share a tile of channels while it is in L2
 
 struct Arguments {
@@ -60,6 +64,7 @@ struct PlainInt8 {
   static constexpr int kWeightBytes = 64;
   static constexpr int kSteps = 4;
   static constexpr int kWords = 1;  // of weights, for a step and 8 channels
+  static constexpr int kWeightCopy = 16;  // bytes that every row of weights begins at a multiple of
   static constexpr float kUnit = 1.0f / 16;
 
   template <int kRowTiles, int kColumnTiles>
@@ -108,6 +113,11 @@ struct PlainInt8 {
   }
 };
 
+// The same where K is 16 more than a multiple of 32, so that every other row of weights begins in the middle of 16 bytes.
+struct UnalignedInt8 : PlainInt8 {
+  static constexpr int kWeightCopy = 8;
+};
+
 // int8 activations and int4 weights in the layout k128: the 16 bytes of lane t of a quad are its operands of the panel's four steps.
 struct BlockedInt8 : PlainInt8 {
   template <int kRowTiles, int kColumnTiles>
@@ -141,6 +151,7 @@ struct PlainInt4 {
   static constexpr int kWeightBytes = 64;
   static constexpr int kSteps = 2;
   static constexpr int kWords = 2;
+  static constexpr int kWeightCopy = 16;
   static constexpr float kUnit = 1;
 
   template <int kRowTiles, int kColumnTiles>
@@ -183,6 +194,7 @@ struct Tile {
   static constexpr int kBlocks = kBlocks_;  // on a multiprocessor, where shared memory allows it
   static constexpr int kWarpTokens = 16 * kRowTiles, kWarpChannels = 8 * kColumnTiles;
   static constexpr int kTokens = kWarpTokens * kWarpRows, kChannels = kWarpChannels * kWarpColumns;
+  static constexpr int kSums = 4 * kRowTiles * kColumnTiles;  // of a thread
   static constexpr int kTeamThreads = 32 * kWarpRows * kWarpColumns, kThreads = kTeamThreads * kTeams;
 };
 
@@ -198,36 +210,40 @@ struct Memory {
   static constexpr int kBytes = kTeam * Tile::kTeams > kParts ? kTeam * Tile::kTeams : kParts;
 };
 
-// A team's copies of kRows rows of a panel. Rows beyond the last are copies of it, whose results nobody keeps; codes beyond K are zeros.
-template <int kRows, int kRowBytes, int kThreads>
+// A team's copies of kRows rows of a panel. Rows beyond the last and codes beyond K are zeros.
+template <int kRows, int kRowBytes, int kThreads, int kCopyBytes>
 struct Copier {
   static constexpr int kChunks = kRowBytes / 16;
   static constexpr int kCopies = kRows * kChunks / kThreads;
-  static_assert(kRows * kChunks % kThreads == 0);
+  static_assert(kRows * kChunks % kThreads == 0 && kCopies <= 32);
 
-  const uint8_t* source;
-  uint32_t offsets[kCopies];
+  const uint8_t* source;     // of this thread's first copy
+  uint32_t rows_inside = 0;  // a bit a copy
 
   // `pitch`: bytes from row to row; `rows`: how many there are from the first on.
-  __device__ Copier(const uint8_t* first, int64_t rows, int pitch, int thread) : source(first + thread % kChunks * 16) {
+  __device__ Copier(const uint8_t* first, int64_t rows, int pitch, int thread) : source(first + row(thread, 0) * pitch + thread % kChunks * 16) {
 #pragma unroll
-    for (int i = 0; i < kCopies; ++i) offsets[i] = static_cast<uint32_t>(min(static_cast<int64_t>(row(thread, i)), rows - 1)) * pitch;
+    for (int i = 0; i < kCopies; ++i) rows_inside |= static_cast<uint32_t>(row(thread, i) < rows) << i;
   }
 
   static __device__ __forceinline__ int row(int thread, int i) { return thread / kChunks + i * (kThreads / kChunks); }
 
-  // `begin`: bytes from a row's start to the panel; `pitch` as above.
-  __device__ __forceinline__ void copy(uint32_t target, int begin, int pitch, int thread) const {
+  // One of kParts parts of the copies. `begin`: bytes from a row's start to the panel; `pitch` as above; `wanted`: whether there is such a panel.
+  template <int kParts>
+  __device__ __forceinline__ void copy(uint32_t target, int begin, int pitch, int thread, bool wanted, int part) const {
     const int chunk = thread % kChunks, left = pitch - begin - chunk * 16;
+    const uint32_t inside = wanted && left > 0 ? rows_inside : 0;
+    const int step = kThreads / kChunks * pitch;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
+      if (i * kParts / kCopies != part) continue;
       const uint32_t to = target + swizzled<kRowBytes>(row(thread, i), chunk);
-      const uint8_t* from = source + offsets[i] + begin;
-      if (pitch % 16 == 0) {
-        copy_16(to, left > 0 ? from : source, left > 0);
-      } else {  // K is 16 more than a multiple of 32, and every other row of weights begins in the middle of 16 bytes
-        copy_8(to, left > 0 ? from : source, left > 0);
-        copy_8(to + 8, left > 8 ? from + 8 : source, left > 8);
+      const uint8_t* const from = source + begin + i * step;
+      if constexpr (kCopyBytes == 16) {
+        copy_16(to, from, inside & (1u << i));
+      } else {
+        copy_8(to, from, inside & (1u << i));
+        copy_8(to + 8, from + 8, left > 8 && inside & (1u << i));
       }
     }
   }
@@ -317,22 +333,20 @@ constexpr float kMagic = 12582912.0f;
 
 template <int kColumnTiles>
 struct GroupScales {
-  const float* first;          // of this lane's first channel
-  int64_t tile;                // from 8 channels to the next
-  int tiles;                   // that lie inside N
+  const float* first;  // of this lane's first channel
+  int last;            // of the tiles of 8 channels inside N
   float values[kColumnTiles][2];
 
   __device__ GroupScales(const Arguments& p, int64_t channel, int lane)
       : first(p.w_scale + (min(channel, p.n - 8) + lane % 4 * 2) * p.groups),
-        tile(int64_t(8) * p.groups),
-        tiles(static_cast<int>(max(min((p.n - channel) / 8, int64_t(kColumnTiles)), int64_t(1)))) {}
+        last(static_cast<int>(max(min((p.n - channel) / 8, int64_t(kColumnTiles)) - 1, int64_t(0)))) {}
 
   __device__ __forceinline__ void load(int group, int groups) {
 #pragma unroll
     for (int i = 0; i < kColumnTiles; ++i) {
-      const float* at = first + group + (i < tiles ? i : 0) * tile;
-      values[i][0] = __ldg(at);
-      values[i][1] = __ldg(at + groups);
+      const int at = group + min(i, last) * 8 * groups;
+      values[i][0] = __ldg(first + at);
+      values[i][1] = __ldg(first + at + groups);
     }
   }
 };
@@ -340,12 +354,13 @@ struct GroupScales {
 // ---- the kernel ----
 
 template <class Op, class Tile, bool kGrouped>
-__global__ void __launch_bounds__(Tile::kThreads, kGrouped ? 1 : Tile::kBlocks) w4a4_gemm(const __grid_constant__ Arguments p) {
+__device__ __forceinline__ void compute_tile(const Arguments& p) {
   using Layout = Memory<Op, Tile>;
   extern __shared__ __align__(128) uint8_t memory[];
   constexpr int kRowTiles = Tile::kRowTiles, kColumnTiles = Tile::kColumnTiles, kTeams = Tile::kTeams, kStages = Tile::kStages;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int team = warp / (Tile::kTeamThreads / 32), thread = threadIdx.x % Tile::kTeamThreads;
+  // From lane 0, so that the compiler knows that it is the same for the whole warp.
+  const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  const int team = kTeams == 1 ? 0 : warp / (Tile::kTeamThreads / 32), thread = threadIdx.x % Tile::kTeamThreads;
   const int row = thread / 32 / Tile::kWarpColumns * Tile::kWarpTokens, column = thread / 32 % Tile::kWarpColumns * Tile::kWarpChannels;
 
   // Bands of tiles of tokens; in a band, tiles of tokens are next to each other.
@@ -354,20 +369,24 @@ __global__ void __launch_bounds__(Tile::kThreads, kGrouped ? 1 : Tile::kBlocks) 
   const int64_t token = int64_t(band * kBand + in_band % height) * Tile::kTokens, channel = int64_t(in_band / height) * Tile::kChannels;
 
   const int q_pitch = p.k * Op::kActivationBytes / kPanel, w_pitch = p.k / 2;
-  const Copier<Tile::kTokens, Op::kActivationBytes, Tile::kTeamThreads> activations(p.q + token * q_pitch, p.m - token, q_pitch, thread);
-  const Copier<Tile::kChannels, Op::kWeightBytes, Tile::kTeamThreads> weights(p.w + channel * w_pitch, p.n - channel, w_pitch, thread);
+  const Copier<Tile::kTokens, Op::kActivationBytes, Tile::kTeamThreads, 16> activations(p.q + token * q_pitch, p.m - token, q_pitch, thread);
+  const Copier<Tile::kChannels, Op::kWeightBytes, Tile::kTeamThreads, Op::kWeightCopy> weights(p.w + channel * w_pitch, p.n - channel, w_pitch, thread);
   const uint32_t base = to_shared(memory) + team * Layout::kTeam;
   const int panels = (p.k + kPanel - 1) / kPanel, mine = (panels - team + kTeams - 1) / kTeams;
-  const auto fetch = [&](int index, int stage) {
-    if (index < mine) {
-      const int panel = index * kTeams + team;
-      const uint32_t target = base + stage * Layout::kStage;
-      activations.copy(target, panel * Op::kActivationBytes, q_pitch, thread);
-      weights.copy(target + Layout::kActivations, panel * Op::kWeightBytes, w_pitch, thread);
-    }
-    commit_copies();
+  // A lone team copies a part of a panel in each step, in between its products; where several wait for memory, copies begin as soon as they may.
+  constexpr int kParts = kTeams == 1 ? Op::kSteps : 1;
+  const auto fetch = [&](int index, int stage, int part) {
+    const int panel = index * kTeams + team;
+    const uint32_t target = base + stage * Layout::kStage;
+    activations.template copy<kParts>(target, panel * Op::kActivationBytes, q_pitch, thread, index < mine, part);
+    weights.template copy<kParts>(target + Layout::kActivations, panel * Op::kWeightBytes, w_pitch, thread, index < mine, part);
+    if (part == kParts - 1) commit_copies();
   };
-  for (int i = 0; i < kStages; ++i) fetch(i, i);
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i)
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) fetch(i, i, part);
+  fetch(kStages - 1, kStages - 1, 0);
 
   int32_t sums[kRowTiles][kColumnTiles][4];
   float totals[kGrouped ? kRowTiles : 1][kColumnTiles][4];
@@ -395,8 +414,8 @@ __global__ void __launch_bounds__(Tile::kThreads, kGrouped ? 1 : Tile::kBlocks) 
 
   typename Op::template Reader<kRowTiles, kColumnTiles> reader(row, column, lane);
   typename Op::template Reader<kRowTiles, kColumnTiles>::Operands operands[2];
-  int stage = 0;
-  wait_for_copies<kStages - 1>();
+  int stage = 0, freed = kStages - 1;
+  wait_for_copies<kParts == 1 ? kStages - 1 : kStages - 2>();
   sync_threads<Tile::kTeamThreads, Tile::kThreads>(team + 1);
   reader.load(operands[0], base, base + Layout::kActivations, 0);
   for (int index = 0; index < mine; ++index) {
@@ -407,23 +426,25 @@ __global__ void __launch_bounds__(Tile::kThreads, kGrouped ? 1 : Tile::kBlocks) 
       if (step + 1 < Op::kSteps) {
         const uint32_t panel = base + stage * Layout::kStage;
         reader.load(next, panel, panel + Layout::kActivations, step + 1);
+        if constexpr (kParts > 1) fetch(index + kStages - 1, freed, step + 1);
       } else {
         // The next panel is there, and nobody reads this one any more: its place is free.
         wait_for_copies<kStages - 2>();
         sync_threads<Tile::kTeamThreads, Tile::kThreads>(team + 1);
-        const int freed = stage;
+        freed = stage;
         stage = stage + 1 == kStages ? 0 : stage + 1;
         const uint32_t panel = base + stage * Layout::kStage;
         reader.load(next, panel, panel + Layout::kActivations, 0);
-        fetch(index + kStages, freed);
+        fetch(index + kStages, freed, 0);
       }
       [[maybe_unused]] const int k = (index * kTeams + team) * kPanel + step * (kPanel / Op::kSteps);
+      [[maybe_unused]] const bool closes = kGrouped && (step + 1 == Op::kSteps || (k + kPanel / Op::kSteps) % p.group_size == 0);
       if constexpr (kGrouped) {
-        if (step == 0 || k % p.group_size < kPanel / Op::kSteps) scales.load(min(k / p.group_size, p.groups - 1), p.groups);
+        if (closes) scales.load(min(k / p.group_size, p.groups - 1), p.groups);
       }
       Op::prepare(now);
-      if constexpr (kGrouped && Op::kSteps == 2) {
-        if (p.group_size % 64 != 0) {  // a step of 64 may hold the end of one group and the beginning of the next
+      if constexpr (kGrouped && Op::kSteps == 2 && Tile::kSums <= kFewSums) {
+        if (p.group_size % 64 != 0) {  // a step of 64 may hold the end of one group and the beginning of the next: launch() takes such a tile
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             scales.load(min((k + half * 32) / p.group_size, p.groups - 1), p.groups);
@@ -441,7 +462,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kGrouped ? 1 : Tile::kBlocks) 
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) Op::multiply(sums[i][j], now.a[i], now.b[j]);
       if constexpr (kGrouped) {
-        if (step + 1 == Op::kSteps || (k + kPanel / Op::kSteps) % p.group_size == 0) close_group();
+        if (closes) close_group();
       }
     }
   }
@@ -481,15 +502,33 @@ __global__ void __launch_bounds__(Tile::kThreads, kGrouped ? 1 : Tile::kBlocks) 
   }
 }
 
+// From 9.0 on the compiler emulates products of int4 in a subroutine, which leaves no registers for large tiles.
+template <class Op, class Tile, bool kGrouped>
+constexpr bool kEmulates = !std::is_same_v<Op, PlainInt4> || Tile::kSums <= (kGrouped ? kFewSums : 2 * kFewSums);
+
+template <class Op, class Tile, bool kGrouped>
+__global__ void __launch_bounds__(Tile::kThreads, kGrouped ? 1 : Tile::kBlocks) w4a4_gemm(const __grid_constant__ Arguments p) {
+#if __CUDA_ARCH__ >= 900
+  if constexpr (kEmulates<Op, Tile, kGrouped>) {
+    compute_tile<Op, Tile, kGrouped>(p);
+  } else {
+    __trap();  // launch() takes another tile
+  }
+#else
+  compute_tile<Op, Tile, kGrouped>(p);
+#endif
+}
+
 // ---- host ----
 
-// The tiles, in the order of the tactics. With scales per group, which take a second set of sums, the last is as the one before it.
-using Few = Tile<1, 4, 1, 1, 8, 3, 2>;      // 16 x 32
-using Some = Tile<2, 4, 1, 1, 8, 2, 2>;     // 32 x 32
-using Medium = Tile<2, 8, 2, 1, 4, 2>;      // 64 x 64
-using Large = Tile<2, 8, 4, 2, 1, 3>;       // 128 x 128
-using Largest = Tile<4, 8, 2, 4, 1, 3>;     // 128 x 256
-constexpr int kTactics = 5;
+// The tiles. Those of few tokens wait for memory and are many on a multiprocessor; `Deep` is for so few blocks that each has one to itself.
+using Few = Tile<1, 4, 1, 1, 4, 4, 3>;          // 16 tokens x 32 channels
+using Deep = Tile<1, 4, 1, 1, 8, 3, 2>;         // 16 x 32
+using Some = Tile<2, 4, 1, 1, 4, 3, 3>;         // 32 x 32
+using Medium = Tile<2, 8, 2, 1, 2, 3, 2>;       // 64 x 64
+using Large = Tile<4, 8, 2, 2, 1, 3, 2>;        // 128 x 128
+using GroupedLarge = Tile<2, 8, 4, 2, 1, 3>;    // 128 x 128, for two sets of sums
+using Largest = Tile<4, 8, 2, 4, 1, 3>;         // 128 x 256
 
 template <class Op, class Tile, bool kGrouped>
 fq_status launch_tile(const fq_w4a4_gemm_params& params, cudaStream_t stream) {
@@ -524,23 +563,29 @@ fq_status launch_tile(const fq_w4a4_gemm_params& params, cudaStream_t stream) {
   return params.groups > 1 ? launch_tile<Op, Tile, true>(params, stream) : launch_tile<Op, Tile, false>(params, stream);
 }
 
-// The tile of the least estimated time: rounds of blocks over the multiprocessors, times a block's work at the tile's speed.
+// What a tactic takes for K = 4096, in microseconds: a block that has a multiprocessor to itself, and each of many.
+struct Tactic {
+  int tokens, channels;
+  double alone, each;
+};
+
+// Times on an H200; other devices differ by about the same factor for all. The order is that of fq_w4a4_gemm_params::tactic.
+constexpr Tactic kTactics[] = {{16, 32, 6.0, 3.6}, {16, 32, 5.5, 4.2}, {32, 32, 7, 3.4}, {64, 64, 12, 8.3}, {128, 128, 30, 25.5}, {128, 256, 50, 48}};
+constexpr int kTacticCount = sizeof(kTactics) / sizeof(Tactic);
+
+// The tactic of the least estimated time.
 int choose_tactic(const fq_w4a4_gemm_params& params, const Device& device) {
-  if (params.m <= 16) return 1;
-  if (params.m <= 32) return 2;
-  const struct {
-    int tactic, tokens, channels;
-    double speed;
-  } tiles[] = {{3, 64, 64, 0.6}, {4, 128, 128, 0.85}, {5, 128, 256, 1}};
+  const bool pairs = device.shared_memory >= 2 * Memory<PlainInt8, Large>::kBytes;  // two blocks of 128 x 128 on a multiprocessor
   int chosen = 0;
   double least = 0;
-  for (const auto& tile : tiles) {
-    if (tile.tactic == 5 && params.groups > 1) continue;
-    const int64_t blocks = ((params.m + tile.tokens - 1) / tile.tokens) * ((params.n + tile.channels - 1) / tile.channels);
+  for (int i = 0; i < kTacticCount; ++i) {
+    const Tactic& tactic = kTactics[i];
+    const int64_t blocks = (params.m + tactic.tokens - 1) / tactic.tokens * ((params.n + tactic.channels - 1) / tactic.channels);
     const int64_t rounds = (blocks + device.multiprocessors - 1) / device.multiprocessors;
-    const double time = static_cast<double>(rounds) * tile.tokens * tile.channels / tile.speed;
-    if (chosen == 0 || time < least) {
-      chosen = tile.tactic;
+    const double each = tactic.tokens * tactic.channels == 128 * 128 && !pairs ? tactic.alone : tactic.each;
+    const double time = rounds == 1 ? tactic.alone : each * static_cast<double>(rounds);
+    if (i == 0 || time < least) {
+      chosen = i + 1;
       least = time;
     }
   }
@@ -549,17 +594,24 @@ int choose_tactic(const fq_w4a4_gemm_params& params, const Device& device) {
 
 template <class Op>
 fq_status launch(const fq_w4a4_gemm_params& params, const Device& device, cudaStream_t stream) {
-  switch (params.tactic != 0 ? params.tactic : choose_tactic(params, device)) {
+  int tactic = params.tactic != 0 ? params.tactic : choose_tactic(params, device);
+  if (std::is_same_v<Op, PlainInt4>) {
+    if (params.k / params.groups % 64 != 0 && params.groups > 1) tactic = std::min(tactic, 3);
+    if (device.capability >= 90) tactic = std::min(tactic, params.groups > 1 ? 3 : 4);
+  }
+  switch (tactic) {
     case 1:
       return launch_tile<Op, Few>(params, stream);
     case 2:
-      return launch_tile<Op, Some>(params, stream);
+      return launch_tile<Op, Deep>(params, stream);
     case 3:
-      return launch_tile<Op, Medium>(params, stream);
+      return launch_tile<Op, Some>(params, stream);
     case 4:
-      return launch_tile<Op, Large>(params, stream);
-    default:
-      return params.groups > 1 ? launch_tile<Op, Large, true>(params, stream) : launch_tile<Op, Largest, false>(params, stream);
+      return launch_tile<Op, Medium>(params, stream);
+    case 5:
+      return params.groups > 1 ? launch_tile<Op, GroupedLarge, true>(params, stream) : launch_tile<Op, Large, false>(params, stream);
+    default:  // with scales per group, two sets of sums leave no room for a larger tile
+      return params.groups > 1 ? launch_tile<Op, GroupedLarge, true>(params, stream) : launch_tile<Op, Largest, false>(params, stream);
   }
 }
 
@@ -575,7 +627,10 @@ const char* fits_s8(const fq_w4a4_gemm_params& params, const Device& device) {
 }
 
 fq_status launch_s8(const fq_w4a4_gemm_params& params, const Device& device, cudaStream_t stream) {
-  return params.layout == FQ_K128 ? launch<BlockedInt8>(params, device, stream) : launch<PlainInt8>(params, device, stream);
+  if (params.layout == FQ_K128) return launch<BlockedInt8>(params, device, stream);
+  if (params.k % 32 == 0) return launch<PlainInt8>(params, device, stream);
+  // Rare, so that every tactic takes one of two tiles.
+  return params.m <= 32 ? launch_tile<UnalignedInt8, Some, false>(params, stream) : launch_tile<UnalignedInt8, Medium, false>(params, stream);
 }
 
 const char* fits_s4(const fq_w4a4_gemm_params& params, const Device& device) {
@@ -587,7 +642,7 @@ const char* fits_s4(const fq_w4a4_gemm_params& params, const Device& device) {
 
 }  // namespace
 
-const GemmKernel W4A4Gemm_mma_s8 = {fits_s8, launch_s8, kTactics};
-const GemmKernel W4A4Gemm_mma_s4 = {fits_s4, launch<PlainInt4>, kTactics};
+const GemmKernel W4A4Gemm_mma_s8 = {fits_s8, launch_s8, kTacticCount};
+const GemmKernel W4A4Gemm_mma_s4 = {fits_s4, launch<PlainInt4>, kTacticCount};
 
 }  // namespace fq
