@@ -1,12 +1,12 @@
 // FlatQuantize for compute capability 9.0: both products on wgmma, a row of x fetched once by the copy engine and never back in device memory.
 //
-// A row is X [n1, n2]. Z = left^T X: the left operand, left^T, stays in registers for the life of the block, X is read where the copy engine
-// put it. T = Z right: a thread's part of Z, rounded to 16 bits, is its part of the left operand, `right` stays in shared memory. T's largest
-// magnitude, scale and codes follow in registers, and the codes go straight to device memory: `right` lies in shared memory with its columns
-// reordered so that the columns of T that a thread holds are neighbours in memory.
+// A row is X [n1, n2]. Z = left^T X: both operands in shared memory, X where the copy engine put it. T = Z right: a thread's part of Z, rounded
+// to 16 bits, is its part of the left operand. T's largest magnitude, scale and codes follow in registers, and the codes go straight to
+// device memory: `right` lies in shared memory with its columns reordered so that the columns of T that a thread holds are neighbours.
 //
-// One warpgroup computes 64 rows of Z and T. Where n1 <= 64 each has rows of x of its own, so that one's products run beside another's
-// epilogue; where n1 <= 128 two share a row.
+// One warpgroup computes 64 rows of Z and T; one of them, or two where n1 > 64, are a team that works on a row of x, and teams take turns, so
+// that one's products run beside another's epilogue. Z is no larger than x, so that it does not leave the range of 16-bit types: the rows of
+// left^T are scaled by powers of two, which the epilogue takes back.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -24,11 +24,13 @@ using namespace sm90;
 
 constexpr int kWarp = 32;
 constexpr int kWarpgroup = 128;
-constexpr int kTile = 64;        // rows of a warpgroup's product, and columns of a box of x: 128 bytes
-constexpr int kMostStages = 24;  // rows of x in flight
+constexpr int kTile = 64;               // rows of a warpgroup's product, and columns of a box of x
+constexpr int kBoxRow = 2 * kTile;      // bytes
+constexpr int kMostStages = 24;         // rows of x in flight
 constexpr int kMostWarps = 16;
 constexpr int kMostTeams = 4;
-constexpr int kAlignment = 1024;  // of what the copy engine swizzles
+constexpr int kAlignment = 1024;        // of what the copy engine swizzles
+constexpr uint32_t kAllLanes = 0xFFFFFFFF;
 
 struct Problem {
   const void* left;
@@ -43,33 +45,30 @@ struct Problem {
   bool float_factors, packed;
 };
 
-// A kernel's shape: n1 up to kN1, a multiple of 16, and n2 up to kN2; kTeams teams of warpgroups to a block, each with a row of x. kAhead: the
-// first product of a team's next row runs under the epilogue of this one.
-template <int kN1_, int kN2_, int kTeams_, bool kAhead_>
+// A kernel's shape: n1 up to kN1, a multiple of 16, and n2 up to kN2; kTeams teams to a block. kLeftInRegisters: left^T stays in registers,
+// where there is no room for it in shared memory.
+template <int kN1_, int kN2_, int kTeams_, bool kLeftInRegisters_ = false>
 struct Shape {
   static constexpr int kN1 = kN1_, kN2 = kN2_, kTeams = kTeams_;
-  static constexpr bool kAhead = kAhead_;
+  static constexpr bool kLeftInRegisters = kLeftInRegisters_;
   static constexpr int kTiles = (kN1 + kTile - 1) / kTile;  // warpgroups of a team
-  static constexpr int kThreads = kTeams * kTiles * kWarpgroup;
+  static constexpr int kTeamThreads = kTiles * kWarpgroup;
+  static constexpr int kThreads = kTeams * kTeamThreads;
   static constexpr int kBoxes = (kN2 + kTile - 1) / kTile;
-  static constexpr int kBoxBytes = kN1 * kTile * 2;
+  static constexpr int kBoxBytes = kN1 * kBoxRow;
   static constexpr int kStageBytes = kBoxes * kBoxBytes;
   static constexpr int kLeftSteps = kN1 / 16;   // of the first product along K
   static constexpr int kRightSteps = kN2 / 16;  // of the second
+  static constexpr int kLeftBytes = kLeftInRegisters ? 0 : kTiles * kBoxBytes;
   static constexpr int kRightBytes = kN2 * kN2 * 2;
-  static_assert(kN1 % 16 == 0 && kN2 % 32 == 0 && kTeams <= kMostTeams && kThreads <= kMostWarps * kWarp);
+  static_assert(kN1 % 16 == 0 && kN2 % 32 == 0 && kTiles <= kBoxes && kTeams <= kMostTeams && kThreads <= kMostWarps * kWarp);
 };
 
 struct Shared {
   uint64_t full[kMostStages];
-  uint32_t largest[2][kMostTeams][8];  // of a warp's part of T, as bits; two rows' worth, so that one barrier a row is enough
-  float left_sum[kMostWarps];
-  float right_largest[kMostWarps];
+  alignas(16) uint32_t largest[2][kMostTeams][8];  // of a warp's part of T, as bits; two rows' worth, so that one barrier a row is enough
+  uint32_t largest_factor[2][kMostWarps];          // of left and right, as bits
 };
-
-__device__ __forceinline__ float to_float(float value) { return value; }
-__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
 template <typename Element>
 __device__ __forceinline__ uint32_t pack(float low, float high);
@@ -96,7 +95,7 @@ __device__ __forceinline__ float larger_magnitude(float a, float b) {
 }
 
 // Bits of floats that are not negative order as the floats do, and NaN is above infinity.
-__device__ __forceinline__ uint32_t warp_largest(uint32_t bits) { return __reduce_max_sync(0xFFFFFFFF, bits); }
+__device__ __forceinline__ uint32_t warp_largest(uint32_t bits) { return __reduce_max_sync(kAllLanes, bits); }
 
 __device__ __forceinline__ float multiply_add_saturate(float a, float b, float c) {
   float d;
@@ -104,10 +103,43 @@ __device__ __forceinline__ float multiply_add_saturate(float a, float b, float c
   return d;
 }
 
-// The power of two that takes `bound` below one; 0 where there is none.
+// The exponent of the power of two above `bound`, a finite positive number; 0 otherwise.
 __device__ __forceinline__ int exponent_above(float bound) {
-  if (!(bound > 0.0f) || !(bound < FLT_MAX)) return 0;
-  return max(-100, min(100, ilogbf(bound) + 1));
+  return bound > 0.0f && bound <= FLT_MAX ? (__float_as_int(bound) >> 23) - 126 : 0;
+}
+
+__device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
+
+// Multiplies both values of a pair by a power of two.
+__device__ __forceinline__ uint32_t scale_pair(uint32_t pair, __half power) {
+  const __half2 scaled = __hmul2(*reinterpret_cast<const __half2*>(&pair), __half2half2(power));
+  return *reinterpret_cast<const uint32_t*>(&scaled);
+}
+__device__ __forceinline__ uint32_t scale_pair(uint32_t pair, __nv_bfloat16 power) {
+  const __nv_bfloat162 scaled = __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&pair), __bfloat162bfloat162(power));
+  return *reinterpret_cast<const uint32_t*>(&scaled);
+}
+
+__device__ __forceinline__ float sum_magnitudes(uint32_t pair, __half) {
+  const float2 values = __half22float2(*reinterpret_cast<const __half2*>(&pair));
+  return fabsf(values.x) + fabsf(values.y);
+}
+__device__ __forceinline__ float sum_magnitudes(uint32_t pair, __nv_bfloat16) {
+  const float2 values = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
+  return fabsf(values.x) + fabsf(values.y);
+}
+
+// Four 8 x 8 matrices of 16-bit values, transposed; each of the 32 lanes has the address of a row of 16 bytes.
+__device__ __forceinline__ void load_transposed(uint32_t (&registers)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ void store_transposed(uint32_t address, const uint32_t (&registers)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(registers[0]), "r"(registers[1]),
+               "r"(registers[2]), "r"(registers[3])
+               : "memory");
 }
 
 // Descriptor of an operand in shared memory without swizzle: 8 x 16-byte matrices of 128 contiguous bytes; `leading` and `stride` are the
@@ -122,62 +154,142 @@ __device__ __forceinline__ uint64_t descriptor_transposed_128b(uint32_t address,
   return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 
-// This thread's part of left^T [64 a tile, 16 a step]: rows `row` and row + 8, columns as Wgmma says; zero outside.
-template <typename Factor, int kSteps>
-__device__ __forceinline__ void load_left(float (&part)[kSteps][8], const void* factor, int n1, int row, int column) {
-  const Factor* left = static_cast<const Factor*>(factor);
+// Eight neighbouring values of a factor, as they are in memory.
+template <typename Factor>
+struct Eight {
+  uint4 words[sizeof(Factor) / 2];
+
+  __device__ __forceinline__ void load(const Factor* from, bool inside) {
 #pragma unroll
-  for (int s = 0; s < kSteps; ++s) {
+    for (int i = 0; i < int(sizeof(Factor) / 2); ++i)
+      words[i] = inside ? __ldg(reinterpret_cast<const uint4*>(from) + i) : make_uint4(0, 0, 0, 0);
+  }
+
+  // The first `count` of them from an address that need not be aligned to 16 bytes, zero for the others.
+  __device__ __forceinline__ void load_some(const Factor* from, int count) {
+    Factor values[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int k = 16 * s + 8 * (i / 4) + column + i % 2;
-      const int m = row + 8 * (i / 2 % 2);
-      part[s][i] = k < n1 && m < n1 ? to_float(left[k * n1 + m]) : 0.0f;
+    for (int i = 0; i < 8; ++i) values[i] = i < count ? from[i] : Factor(0.0f);
+#pragma unroll
+    for (int i = 0; i < int(sizeof(Factor) / 2); ++i) words[i] = reinterpret_cast<const uint4*>(values)[i];
+  }
+
+  __device__ __forceinline__ Factor value(int i) const { return reinterpret_cast<const Factor*>(words)[i]; }
+  __device__ __forceinline__ uint32_t bits(int i) const { return reinterpret_cast<const uint16_t*>(words)[i]; }
+
+  __device__ __forceinline__ float largest() const {
+    float most = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) most = fmaxf(most, fabsf(value(i)));
+    return most;
+  }
+};
+
+// Two values as one word of Element.
+template <typename Element, typename Factor>
+__device__ __forceinline__ uint32_t pair_of(const Eight<Factor>& low, int i, const Eight<Factor>& high, int j) {
+  if constexpr (std::is_same_v<Element, Factor>)
+    return low.bits(i) | high.bits(j) << 16;
+  else
+    return pack<Element>(low.value(i), high.value(j));
+}
+
+// Where the factors lie in shared memory, in bytes. Left: as the copy engine would put it, in boxes of 64 columns with swizzled rows.
+template <typename S>
+__device__ __forceinline__ int left_offset(int k, int m) {
+  return m / kTile * S::kBoxBytes + k * kBoxRow + (m % kTile / 8 ^ k % 8) * 16 + m % 8 * 2;
+}
+
+// Right: in matrices of eight columns by 16 bytes along K, the columns reordered: of 64 columns in memory (of kN2 % 64, in the last run) each
+// of a quad's threads takes a quarter, its columns of eight tiles of T.
+template <typename S>
+__device__ __forceinline__ int right_offset(int k, int n) {
+  const int run = n / 64, quarter = min(S::kN2 - 64 * run, 64) / 4;
+  const int thread = n % 64 / quarter, tile = n % 64 % quarter / 2;
+  return (k / 8 * (S::kN2 / 8) + 8 * run + tile) * 128 + thread * 32 + n % 2 * 16 + k % 8 * 2;
+}
+
+// Brings both factors to shared memory, zero where they are smaller than the shape. `then` is called once this thread's first loads are on
+// their way. Leaves the largest magnitudes of fp32 factors in shared.largest_factor.
+template <typename Element, typename Factor, typename S, typename Then>
+__device__ __forceinline__ void store_factors(uint8_t* to_left, uint8_t* to_right, Shared& shared, const Problem& problem, const Then& then) {
+  constexpr int kChunks = 8 * S::kTiles;  // of eight columns, in a row of left
+  constexpr int kLeftTasks = (S::kN1 * kChunks + S::kThreads - 1) / S::kThreads;
+  constexpr int kEights = S::kN2 / 8;
+  constexpr int kRounds = (kEights * kEights + S::kThreads - 1) / S::kThreads;
+  const Factor* const left = static_cast<const Factor*>(problem.left);
+  const Factor* const right = static_cast<const Factor*>(problem.right);
+  float largest[2] = {0.0f, 0.0f};
+
+  Eight<Factor> chunks[kLeftTasks];
+  if (problem.n1 % 8 == 0 && reinterpret_cast<uintptr_t>(left) % 16 == 0) {
+#pragma unroll
+    for (int i = 0; i < kLeftTasks; ++i) {
+      const int task = threadIdx.x + i * S::kThreads, k = task / kChunks, m = task % kChunks * 8;
+      chunks[i].load(left + k * problem.n1 + m, k < problem.n1 && m < problem.n1);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kLeftTasks; ++i) {
+      const int task = threadIdx.x + i * S::kThreads, k = task / kChunks, m = task % kChunks * 8;
+      chunks[i].load_some(left + k * problem.n1 + m, k < problem.n1 ? problem.n1 - m : 0);
     }
   }
-}
-
-// Eight columns of a row of `right`, zero outside.
-template <typename Factor>
-__device__ __forceinline__ void load_eight(float (&values)[8], const Factor* right, int n2, int row, int column) {
-  const bool inside = row < n2 && column < n2;
-  uint4 words[sizeof(Factor) / 2];
+#pragma unroll 1
+  for (int round = 0; round < kRounds; ++round) {
+    const int task = threadIdx.x + round * S::kThreads, k = task / kEights, column = task % kEights * 8;
+    Eight<Factor> rows[8];
 #pragma unroll
-  for (int i = 0; i < int(sizeof(Factor) / 2); ++i)
-    words[i] = inside ? __ldg(reinterpret_cast<const uint4*>(right + row * n2 + column) + i) : make_uint4(0, 0, 0, 0);
-  const Factor* factors = reinterpret_cast<const Factor*>(words);
+    for (int i = 0; i < 8; ++i)
+      rows[i].load(right + (8 * k + i) * problem.n2 + column, 8 * k < problem.n2 && column < problem.n2);  // n2 is a multiple of 16
+    if (round == 0) {
+      then();
 #pragma unroll
-  for (int i = 0; i < 8; ++i) values[i] = to_float(factors[i]);
-}
-
-// Writes right * multiplier to shared memory as the second product reads it and returns the largest magnitude in this thread's part of
-// `right`. Of 64 columns in memory (of kN % 64, in the last run), each of a quad's threads takes a quarter: its columns of eight tiles of T.
-template <typename Element, typename Factor, int kN, int kThreads>
-__device__ __forceinline__ float store_right(uint8_t* shared, const void* factor, int n2, float multiplier) {
-  constexpr int kEights = kN / 8;
-  float largest = 0.0f;
-  for (int task = threadIdx.x; task < kEights * kEights; task += kThreads) {
-    const int k = task / kEights, column = task % kEights * 8;
-    float values[8][8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) load_eight(values[i], static_cast<const Factor*>(factor), n2, 8 * k + i, column);
-#pragma unroll
-    for (int i = 0; i < 64; ++i) largest = fmaxf(largest, fabsf(values[i / 8][i % 8]));
-    const int run = column / 64;
-    const int quarter = min(kN - 64 * run, 64) / 4;
-    const int thread = column % 64 / quarter, tile = column % 64 % quarter / 2;
-    uint8_t* to = shared + (k * kEights + 8 * run + tile) * 128 + thread * 32;
+      for (int i = 0; i < kLeftTasks; ++i) {
+        const int left_task = threadIdx.x + i * S::kThreads, left_k = left_task / kChunks, chunk = left_task % kChunks;
+        if (left_k >= S::kN1) break;
+        uint4 words;
+        words.x = pair_of<Element>(chunks[i], 0, chunks[i], 1);
+        words.y = pair_of<Element>(chunks[i], 2, chunks[i], 3);
+        words.z = pair_of<Element>(chunks[i], 4, chunks[i], 5);
+        words.w = pair_of<Element>(chunks[i], 6, chunks[i], 7);
+        *reinterpret_cast<uint4*>(to_left + left_offset<S>(left_k, 8 * chunk)) = words;
+        if constexpr (sizeof(Factor) == 4) largest[0] = fmaxf(largest[0], chunks[i].largest());
+      }
+    }
+    if (task >= kEights * kEights) break;
+    uint8_t* const to = to_right + right_offset<S>(8 * k, column);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       uint4 words;
-      words.x = pack<Element>(values[0][i] * multiplier, values[1][i] * multiplier);
-      words.y = pack<Element>(values[2][i] * multiplier, values[3][i] * multiplier);
-      words.z = pack<Element>(values[4][i] * multiplier, values[5][i] * multiplier);
-      words.w = pack<Element>(values[6][i] * multiplier, values[7][i] * multiplier);
+      words.x = pair_of<Element>(rows[0], i, rows[1], i);
+      words.y = pair_of<Element>(rows[2], i, rows[3], i);
+      words.z = pair_of<Element>(rows[4], i, rows[5], i);
+      words.w = pair_of<Element>(rows[6], i, rows[7], i);
       *reinterpret_cast<uint4*>(to + i / 2 * 128 + i % 2 * 16) = words;
+      if constexpr (sizeof(Factor) == 4) largest[1] = fmaxf(largest[1], rows[i].largest());
     }
   }
-  return largest;
+  if constexpr (sizeof(Factor) == 4) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t warps_largest = warp_largest(__float_as_uint(largest[i]));
+      if (threadIdx.x % kWarp == 0) shared.largest_factor[i][threadIdx.x / kWarp] = warps_largest;
+    }
+  }
+}
+
+// The same for fp32 factors that are not in fp16's range, times powers of two.
+template <typename S>
+__device__ void store_scaled_factors(uint8_t* to_left, uint8_t* to_right, const Problem& problem, float left_multiplier, float right_multiplier) {
+  const float* const left = static_cast<const float*>(problem.left);
+  const float* const right = static_cast<const float*>(problem.right);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < problem.n1 * problem.n1; i += S::kThreads)
+    *reinterpret_cast<__half*>(to_left + left_offset<S>(i / problem.n1, i % problem.n1)) = __float2half_rn(left[i] * left_multiplier);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < problem.n2 * problem.n2; i += S::kThreads)
+    *reinterpret_cast<__half*>(to_right + right_offset<S>(i / problem.n2, i % problem.n2)) = __float2half_rn(right[i] * right_multiplier);
 }
 
 // Four codes, the low bytes of `codes`, in one word.
@@ -211,12 +323,13 @@ __device__ __forceinline__ void store_words(uint8_t* to, const uint32_t (&words)
   }
 }
 
-// How a row's T becomes codes: code = levels * saturate(t * multiplier + offset) + base, rounded by the addition of 1.5 * 2^23 in `base`.
+// How T becomes codes: code = levels * saturate(t * multiplier + offset) + base, rounded by the addition of 1.5 * 2^23 in `base`.
 struct Rounding {
-  float multiplier, offset, levels, base;
+  float multiplier[2];  // for each of a thread's two rows of T
+  float offset, levels, base;
 };
 
-// The codes of kWidth / 4 neighbouring columns in each of two rows of T.
+// The codes of kWidth / 4 neighbouring columns in each of two rows.
 template <int kRun, int kWidth, int kRegisters>
 __device__ __forceinline__ void store_run(const float (&t)[kRegisters], const Rounding& rounding, uint8_t* const (&rows)[2],
                                           const bool (&inside)[2], int column, bool packed) {
@@ -229,7 +342,7 @@ __device__ __forceinline__ void store_run(const float (&t)[kRegisters], const Ro
       float codes[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float share = multiply_add_saturate(t[4 * (8 * kRun + 2 * w + i / 2) + 2 * h + i % 2], rounding.multiplier, rounding.offset);
+        const float share = multiply_add_saturate(t[4 * (8 * kRun + 2 * w + i / 2) + 2 * h + i % 2], rounding.multiplier[h], rounding.offset);
         codes[i] = fmaf(share, rounding.levels, rounding.base);
       }
       words[w] = four_bytes(codes);
@@ -252,18 +365,21 @@ __device__ __forceinline__ void store_runs(const float (&t)[kRegisters], const R
 
 template <typename Element, typename S>
 __global__ void __launch_bounds__(S::kThreads, 1) flat_quantize(const __grid_constant__ CUtensorMap x, const Problem problem) {
+  constexpr bool kHalf = std::is_same_v<Element, __half>;
   constexpr int kRegisters = S::kN2 / 2;
   extern __shared__ __align__(kAlignment) uint8_t shared_memory[];
-  uint8_t* const right = shared_memory + problem.stages * S::kStageBytes;
+  uint8_t* const after_stages = shared_memory + problem.stages * S::kStageBytes;
+  uint8_t* const left = S::kLeftInRegisters ? after_stages - S::kStageBytes : after_stages;
+  uint8_t* const right = after_stages + S::kLeftBytes;
   Shared& shared = *reinterpret_cast<Shared*>(right + S::kRightBytes);
 
-  const int team = threadIdx.x / (S::kTiles * kWarpgroup);
+  const int team = threadIdx.x / S::kTeamThreads;
   const int warp = threadIdx.x / kWarp % (4 * S::kTiles);  // of the team
   const int lane = threadIdx.x % kWarp;
   const int tile_row = 16 * warp + lane / 4;  // the first of two, eight apart
-  const bool leads = threadIdx.x % (S::kTiles * kWarpgroup) == 0;
+  const bool leads = threadIdx.x % S::kTeamThreads == 0;
 
-  // Rows of x by the number of their turn in this block: teams take turns one after another.
+  // Rows of x by the number of their turn in this block.
   const int turns = (problem.rows - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x);
   const auto fetch = [&](int turn, int stage) {
     barrier_expect(&shared.full[stage], S::kStageBytes);
@@ -272,96 +388,123 @@ __global__ void __launch_bounds__(S::kThreads, 1) flat_quantize(const __grid_con
       copy_box(shared_memory + stage * S::kStageBytes + box * S::kBoxBytes, &x, &shared.full[stage], box * kTile, 0,
                int(blockIdx.x) + turn * int(gridDim.x), Keep::kFirstOut);
   };
+  const int early_stages = S::kLeftInRegisters ? problem.stages - 1 : problem.stages;  // the last one holds left for a while
   if (threadIdx.x == 0) {
     prefetch_tensor_map(&x);
     for (int stage = 0; stage < problem.stages; ++stage) barrier_init(&shared.full[stage], 1);
     fence_barrier_init();
-    for (int turn = 0; turn < min(turns, problem.stages); ++turn) fetch(turn, turn);
+  }
+  const float clip = problem.clip_ptr != nullptr ? *problem.clip_ptr : problem.clip;
+
+  // The factors are asked for before x: what is asked for later comes later.
+  const auto fetch_first = [&] {
+    if (threadIdx.x == 0)
+      for (int turn = 0; turn < min(turns, early_stages); ++turn) fetch(turn, turn);
+  };
+  int left_exponent = 0, right_exponent = 0;  // of what fp32 factors were multiplied with to be in fp16's range
+  if (problem.float_factors)
+    store_factors<Element, float, S>(left, right, shared, problem, fetch_first);
+  else
+    store_factors<Element, Element, S>(left, right, shared, problem, fetch_first);
+  __syncthreads();
+  if (kHalf && problem.float_factors) {
+    uint32_t largest[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < S::kThreads / kWarp; ++i) {
+      largest[0] = max(largest[0], shared.largest_factor[0][i]);
+      largest[1] = max(largest[1], shared.largest_factor[1][i]);
+    }
+    const auto awkward = [](uint32_t bits) { return __uint_as_float(bits) > 32768.0f || __uint_as_float(bits) < 0.0078125f; };
+    if (awkward(largest[0]) || awkward(largest[1])) {
+      left_exponent = exponent_above(__uint_as_float(largest[0]));
+      right_exponent = exponent_above(__uint_as_float(largest[1]));
+      store_scaled_factors<S>(left, right, problem, power_of_two(-left_exponent), power_of_two(-right_exponent));
+      __syncthreads();
+    }
   }
 
-  // The factors, scaled by powers of two: left so that Z is no larger than x, right where its values are beyond fp16's.
-  uint32_t left[S::kLeftSteps][4];
-  int exponent;
+  // The sums of magnitudes in this thread's two rows of left^T, and their scaling.
+  uint32_t in_registers[S::kLeftInRegisters ? S::kLeftSteps : 1][4];
+  float power[2];
   {
-    float part[S::kLeftSteps][8];
-    if (problem.float_factors)
-      load_left<float>(part, problem.left, problem.n1, tile_row, 2 * (lane % 4));
-    else
-      load_left<Element>(part, problem.left, problem.n1, tile_row, 2 * (lane % 4));
-    const float largest = problem.float_factors ? store_right<Element, float, S::kN2, S::kThreads>(right, problem.right, problem.n2, 1.0f)
-                                                : store_right<Element, Element, S::kN2, S::kThreads>(right, problem.right, problem.n2, 1.0f);
+    const int chunk = 2 * (warp % 4) + lane / 8 % 2;
+    const uint32_t address = shared_address(left) + warp / 4 * S::kBoxBytes + (lane / 16 * 8 + lane % 8) * kBoxRow + (chunk ^ lane % 8) * 16;
     float sums[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int i = 0; i < S::kLeftSteps * 8; ++i) sums[i / 2 % 2] += fabsf(part[i / 8][i % 8]);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      sums[h] += __shfl_xor_sync(0xFFFFFFFF, sums[h], 1);
-      sums[h] += __shfl_xor_sync(0xFFFFFFFF, sums[h], 2);
-    }
-    const uint32_t sum = warp_largest(__float_as_uint(fmaxf(sums[0], sums[1])));
-    const uint32_t most = warp_largest(__float_as_uint(largest));
-    if (lane == 0) {
-      shared.left_sum[threadIdx.x / kWarp] = __uint_as_float(sum);
-      shared.right_largest[threadIdx.x / kWarp] = __uint_as_float(most);
-    }
-    __syncthreads();
-    float left_sum = 0.0f, right_largest = 0.0f;
-#pragma unroll
-    for (int w = 0; w < S::kThreads / kWarp; ++w) {
-      left_sum = fmaxf(left_sum, shared.left_sum[w]);
-      right_largest = fmaxf(right_largest, shared.right_largest[w]);
-    }
-    exponent = exponent_above(1.001f * left_sum);  // rounding left's values must not take the sum past one
-    const float multiplier = exp2f(float(-exponent));
+    const auto add = [&](const uint32_t (&part)[4]) {
+      sums[0] += sum_magnitudes(part[0], Element()) + sum_magnitudes(part[2], Element());
+      sums[1] += sum_magnitudes(part[1], Element()) + sum_magnitudes(part[3], Element());
+    };
 #pragma unroll
     for (int s = 0; s < S::kLeftSteps; ++s) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) left[s][i] = pack<Element>(part[s][2 * i] * multiplier, part[s][2 * i + 1] * multiplier);
+      uint32_t part[4];
+      load_transposed(S::kLeftInRegisters ? in_registers[s] : part, address + s * 16 * kBoxRow);
+      add(S::kLeftInRegisters ? in_registers[s] : part);
     }
-    if (problem.float_factors && (right_largest > 32768.0f || right_largest < 0.0078125f)) {
-      const int right_exponent = exponent_above(right_largest);
-      store_right<Element, float, S::kN2, S::kThreads>(right, problem.right, problem.n2, exp2f(float(-right_exponent)));
-      exponent += right_exponent;
+    Element down[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      sums[h] += __shfl_xor_sync(kAllLanes, sums[h], 1);
+      sums[h] += __shfl_xor_sync(kAllLanes, sums[h], 2);
+      const int limit = kHalf ? 15 : 100;  // of what Element holds
+      const int exponent = max(-limit, min(limit + 8, exponent_above(sums[h])));
+      down[h] = Element(power_of_two(-exponent));
+      power[h] = power_of_two(max(-126, min(127, exponent + left_exponent + right_exponent)));
+    }
+    const auto scale_down = [&](uint32_t (&part)[4]) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) part[i] = scale_pair(part[i], down[i % 2]);
+    };
+    if constexpr (S::kLeftInRegisters) {
+#pragma unroll
+      for (int s = 0; s < S::kLeftSteps; ++s) scale_down(in_registers[s]);
+    } else {
+      __syncthreads();  // teams read the same
+      if (team == 0) {
+#pragma unroll
+        for (int s = 0; s < S::kLeftSteps; ++s) {
+          uint32_t part[4];
+          load_transposed(part, address + s * 16 * kBoxRow);
+          scale_down(part);
+          store_transposed(address + s * 16 * kBoxRow, part);
+        }
+      }
     }
     fence_async_shared();
     __syncthreads();
   }
+  if (S::kLeftInRegisters && threadIdx.x == 0 && turns >= problem.stages) fetch(problem.stages - 1, problem.stages - 1);
 
-  const float power = exp2f(float(exponent));
-  const float clip = problem.clip_ptr != nullptr ? *problem.clip_ptr : problem.clip;
   Rounding rounding;
   rounding.levels = 2.0f * problem.qmax + 1.0f;
   rounding.offset = (problem.qmax + 1.0f) / rounding.levels;
   rounding.base = 12582912.0f - (problem.qmax + 1.0f);
-  const float power_of_level = power / rounding.levels;
+  const float power_of_level[2] = {power[0] / rounding.levels, power[1] / rounding.levels};
+  const bool inside[2] = {tile_row < problem.n1, tile_row + 8 < problem.n1};
 
+  const uint64_t left_descriptor = descriptor_transposed_128b(shared_address(left) + warp / 4 * S::kBoxBytes, S::kBoxBytes);
   const uint64_t right_descriptor = descriptor_plain(shared_address(right), S::kN2 / 8 * 128, 128);
-  float z[kRegisters], t[kRegisters];
 
-  const auto start_first = [&](int stage) {
-    const uint64_t descriptor = descriptor_transposed_128b(shared_address(shared_memory) + stage * S::kStageBytes, S::kBoxBytes);
+  int stage = team, phase = 0, parity = 0;
+  for (int turn = team; turn < turns; turn += S::kTeams, stage += S::kTeams, parity ^= 1) {
+    while (stage >= problem.stages) stage -= problem.stages, phase ^= 1;
+    const int row = int(blockIdx.x) + turn * int(gridDim.x);
+
+    float z[kRegisters], t[kRegisters];
+    const uint64_t x_descriptor = descriptor_transposed_128b(shared_address(shared_memory) + stage * S::kStageBytes, S::kBoxBytes);
+    barrier_wait(&shared.full[stage], phase);
     wgmma_fence();
 #pragma unroll
-    for (int s = 0; s < S::kLeftSteps; ++s)
-      Wgmma<Element, S::kN2>::template run<1>(z, left[s], descriptor + s * (16 * kTile * 2 >> 4), s > 0);
-    wgmma_commit();
-  };
-
-  int stage = team, phase = 0;
-  while (stage >= problem.stages) stage -= problem.stages, phase ^= 1;
-  if (S::kAhead && team < turns) {
-    barrier_wait(&shared.full[stage], phase);
-    start_first(stage);
-  }
-  int parity = 0;
-  for (int turn = team; turn < turns; turn += S::kTeams, parity ^= 1) {
-    const int row = int(blockIdx.x) + turn * int(gridDim.x);
-    if (!S::kAhead) {
-      barrier_wait(&shared.full[stage], phase);
-      start_first(stage);
+    for (int s = 0; s < S::kLeftSteps; ++s) {
+      constexpr int kStep = 16 * kBoxRow >> 4;
+      if constexpr (S::kLeftInRegisters)
+        Wgmma<Element, S::kN2>::template run<1>(z, in_registers[s], x_descriptor + s * kStep, s > 0);
+      else
+        Wgmma<Element, S::kN2>::template run<1, 1>(z, left_descriptor + s * kStep, x_descriptor + s * kStep, s > 0);
     }
+    wgmma_commit();
     wgmma_wait<0>();
     settle(z);
+
     uint32_t rounded[S::kRightSteps][4];
 #pragma unroll
     for (int s = 0; s < S::kRightSteps; ++s) {
@@ -371,52 +514,41 @@ __global__ void __launch_bounds__(S::kThreads, 1) flat_quantize(const __grid_con
     wgmma_fence();
 #pragma unroll
     for (int s = 0; s < S::kRightSteps; ++s)
-      Wgmma<Element, S::kN2>::template run<0>(t, rounded[s], right_descriptor + s * (2 * S::kN2 / 8 * 128 >> 4), s > 0);
+      Wgmma<Element, S::kN2>::template run<0>(t, rounded[s], right_descriptor + s * (2 * (S::kN2 / 8) * 128 >> 4), s > 0);
     wgmma_commit();
-
-    const int used = stage;
-    stage += S::kTeams;
-    while (stage >= problem.stages) stage -= problem.stages, phase ^= 1;
-    if (S::kAhead) {
-      if (turn + S::kTeams < turns) barrier_wait(&shared.full[stage], phase);
-      start_first(stage);  // past the last row: of what lies there, for nothing
-      wgmma_wait<1>();
-    } else {
-      wgmma_wait<0>();
-    }
+    wgmma_wait<0>();
     settle(t);
 
     float most[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < kRegisters; ++i) most[i % 4] = larger_magnitude(most[i % 4], t[i]);
-    most[0] = larger_magnitude(larger_magnitude(most[0], most[1]), larger_magnitude(most[2], most[3]));
-    const uint32_t warps_largest = warp_largest(__float_as_uint(most[0]));
+    const float row_most[2] = {larger_magnitude(most[0], most[1]) * power[0], larger_magnitude(most[2], most[3]) * power[1]};
+    const uint32_t warps_largest = warp_largest(__float_as_uint(larger_magnitude(row_most[0], row_most[1])));
     if (lane == 0) shared.largest[parity][team][warp] = warps_largest;
-    named_barrier(1 + team, S::kTiles * kWarpgroup);
-    if (leads && turn + problem.stages < turns) fetch(turn + problem.stages, used);
+    named_barrier(1 + team, S::kTeamThreads);
+    if (leads && turn + problem.stages < turns) fetch(turn + problem.stages, stage);
     uint32_t largest = 0;
 #pragma unroll
     for (int w = 0; w < 4 * S::kTiles; ++w) largest = max(largest, shared.largest[parity][team][w]);
 
-    const float step = __fdiv_rn(__fmul_rn(__uint_as_float(largest) * power, clip), problem.qmax);
+    const float step = __fdiv_rn(__fmul_rn(__uint_as_float(largest), clip), problem.qmax);
     const bool zero = step < FLT_MIN;
     const float scale = zero ? 1.0f : step <= FLT_MAX ? step : __uint_as_float(0x7FC00000);
     if (leads) problem.scale[row] = scale;
-    rounding.multiplier = zero ? 0.0f : fminf(__fdividef(power_of_level, scale), FLT_MAX);
+    const float inverse = zero ? 0.0f : __frcp_rn(scale);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) rounding.multiplier[h] = power_of_level[h] * inverse;
 
-    const int64_t width = int64_t(problem.n1) * problem.n2;
-    const int64_t first = row * width + tile_row * problem.n2;
+    const int64_t first = row * (int64_t(problem.n1) * problem.n2) + tile_row * problem.n2;
     const int64_t second = first + 8 * problem.n2;
     uint8_t* const rows[2] = {problem.q + (problem.packed ? first / 2 : first), problem.q + (problem.packed ? second / 2 : second)};
-    const bool inside[2] = {tile_row < problem.n1, tile_row + 8 < problem.n1};
     store_runs<0, S::kN2>(t, rounding, rows, inside, problem.n2, lane % 4, problem.packed);
   }
-  if (S::kAhead) wgmma_wait<0>();
 }
 
 template <typename S>
 constexpr int shared_bytes(int stages) {
-  return stages * S::kStageBytes + S::kRightBytes + int(sizeof(Shared));
+  return stages * S::kStageBytes + S::kLeftBytes + S::kRightBytes + int(sizeof(Shared));
 }
 
 template <typename S>
@@ -430,19 +562,19 @@ int stages_for(const Device& device) {
 template <typename Function>
 auto with_shape(int n1, int n2, const Function& function) {
   if (n2 <= 64) {
-    if (n1 <= 32) return function(Shape<32, 64, 4, true>());
-    if (n1 <= 64) return function(Shape<64, 64, 4, true>());
+    if (n1 <= 32) return function(Shape<32, 64, 4>());
+    if (n1 <= 64) return function(Shape<64, 64, 4>());
   }
   if (n2 <= 128) {
-    if (n1 <= 32) return function(Shape<32, 128, 3, false>());
-    if (n1 <= 48) return function(Shape<48, 128, 3, false>());
-    if (n1 <= 64) return function(Shape<64, 128, 3, false>());
-    if (n1 <= 96) return function(Shape<96, 128, 1, true>());
-    if (n1 <= 112) return function(Shape<112, 128, 1, true>());
-    return function(Shape<128, 128, 1, true>());
+    if (n1 <= 32) return function(Shape<32, 128, 4>());
+    if (n1 <= 48) return function(Shape<48, 128, 4>());
+    if (n1 <= 64) return function(Shape<64, 128, 4>());
+    if (n1 <= 96) return function(Shape<96, 128, 2>());
+    if (n1 <= 112) return function(Shape<112, 128, 2>());
+    return function(Shape<128, 128, 2>());
   }
-  if (n1 <= 64) return function(Shape<64, 224, 2, false>());
-  return function(Shape<128, 224, 1, false>());
+  if (n1 <= 64) return function(Shape<64, 224, 2>());
+  return function(Shape<128, 224, 1, true>());
 }
 
 constexpr int kLargestN1 = 128, kLargestN2 = 224;
@@ -456,7 +588,8 @@ const char* fits(const fq_flat_quantize_params& params, const Prologue& prologue
   if (params.k != int64_t(params.n1) * params.n2) return "takes one block: k = n1 n2";
   if (params.rows > INT32_MAX - 65536) return "takes fewer rows";
   if (params.variant == 0 && params.rows < kFewestRows) return "is for 64 rows or more";
-  if (with_shape(params.n1, params.n2, [&](auto shape) { return stages_for<decltype(shape)>(device); }) < 1)
+  if (reinterpret_cast<uintptr_t>(params.right) % 16 != 0) return "takes right at a multiple of 16 bytes";
+  if (with_shape(params.n1, params.n2, [&](auto shape) { return stages_for<decltype(shape)>(device) - decltype(shape)::kLeftInRegisters; }) < 1)
     return "takes factors that fit shared memory beside a row of x";
   return nullptr;
 }
