@@ -44,9 +44,9 @@ _FORMAT = 1
 
 _COMMON_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra")
 _DEVICE_FLAGS = ("-Xptxas=-v",)
-_LINK_FLAGS = ("-shared", "-cudart=static", "-Xlinker=-z,defs", "-Xlinker=-s")
+_LINK_FLAGS = ("-shared", "--no-device-link", "-cudart=static", "-Xlinker=-z,defs", "-Xlinker=-s")
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
-_ERROR = re.compile(r"\b(?:fatal )?error\b", re.IGNORECASE)
+_ERROR = re.compile(r"\berror\b|undefined reference|cannot find", re.IGNORECASE)
 _UNUSED_DAYS = 30
 _WORK = ".work-"
 
