@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from fqonnx.cli import terminal
+from fqonnx.cli.bench import bench
 from fqonnx.cli.build import build
 from fqonnx.cli.inspect import inspect
 from fqonnx.cli.plugin import plugin
@@ -85,7 +86,7 @@ def program() -> None:
     """Quantize any exported ONNX transformer to W4A4 with learned FlatQuant transforms, and prove how good it is."""
 
 
-for _command in (inspect, build, verify, report, plugin):
+for _command in (inspect, build, verify, bench, report, plugin):
     program.add_command(_command)
 
 
