@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -13,8 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from fqonnx.plugins.library import cache_folder
+from tests.plugin_support import built_library
+
 ROOT = Path(__file__).parents[1]
 LINKED = ("passes", "calib", "cli", "plugins")
+SOURCES = (".cu", ".cuh", ".cpp", ".h", ".def", ".map", "sources.txt", "CMakeLists.txt")
+"""What the kernels' library is made of: `fqonnx plugin build` works from an installed package."""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +44,7 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tracked() -> set[str]:
     """The Python and data files of the package, as they are called inside it."""
     listed = subprocess.run(["git", "ls-files", "fqonnx", *LINKED], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    suffixes = (".py", ".typed", ".html", ".css", ".js")
+    suffixes = (".py", ".typed", ".html", ".css", ".js", *SOURCES)
     return {name if name.startswith("fqonnx/") else f"fqonnx/{name}" for name in listed if name.endswith(suffixes)}
 
 
@@ -72,15 +78,19 @@ def test_the_wheel_is_built_from_the_sdist(dist: Path) -> None:
             assert found.read() == files.read(name), name
 
 
+FROM_THE_WHEEL = (
+    "import sys; sys.path = [p for p in sys.path if 'editable' not in p and p != sys.argv[2]]\n"
+    "sys.meta_path = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '') and 'editable' not in repr(f)]\n"
+    "sys.path.insert(0, sys.argv[1])\n"
+)
+
+
 def test_the_wheel_works_without_the_repository(dist: Path, tmp_path: Path) -> None:
     (wheel,) = dist.glob("*.whl")
     with zipfile.ZipFile(wheel) as files:
         files.extractall(tmp_path / "site")  # noqa: S202 - our own wheel
-    code = (
-        "import sys; sys.path = [p for p in sys.path if 'editable' not in p and p != sys.argv[2]]\n"
-        "sys.meta_path = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '') and 'editable' not in repr(f)]\n"
-        "sys.path.insert(0, sys.argv[1])\n"
-        "import fqonnx, fqonnx.build, fqonnx.cli.main, fqonnx.passes.pipeline, fqonnx.calib.solve, fqonnx.plugins\n"
+    code = FROM_THE_WHEEL + (
+        "import fqonnx, fqonnx.build, fqonnx.cli.main, fqonnx.passes.pipeline, fqonnx.calib.solve, fqonnx.kernels, fqonnx.plugins.show\n"
         "from fqonnx.report.html import render\n"
         "from fqonnx.report import Report\n"
         "assert '<html' in render(Report(model='a', candidate='b', passed=True))\n"
@@ -91,6 +101,28 @@ def test_the_wheel_works_without_the_repository(dist: Path, tmp_path: Path) -> N
     )
     assert done.returncode == 0, done.stderr
     assert all(Path(path).is_relative_to(tmp_path / "site") for path in done.stdout.split())
+
+
+def test_the_library_builds_from_the_wheel(dist: Path, tmp_path: Path) -> None:
+    """From the same objects as in the repository, which do not depend on where sources are: it links without compiling anew."""
+    expected = built_library()
+    (wheel,) = dist.glob("*.whl")
+    with zipfile.ZipFile(wheel) as files:
+        files.extractall(tmp_path / "site")  # noqa: S202 - our own wheel
+    (tmp_path / "cache" / "fqonnx").mkdir(parents=True)
+    (tmp_path / "cache" / "fqonnx" / "objects").symlink_to(cache_folder() / "objects")
+    code = FROM_THE_WHEEL + (
+        "from fqonnx.plugins.build import build\n"
+        f"built = build(without={[] if 'onnxruntime' in expected.parts else ['onnxruntime']})\n"
+        "print(built.path, built.key, built.sources)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "site"), str(ROOT)]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    path, key, sources = done.stdout.split()
+    assert Path(path).is_relative_to(tmp_path / "cache")
+    assert (key, sources) == (expected.key, expected.sources)
 
 
 def test_the_entry_point_and_the_metadata(dist: Path) -> None:
@@ -117,7 +149,10 @@ def constraints() -> dict[str, str]:
 def test_every_dependency_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     optional = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *(line for extra in ("dev", "samples", "tensorrt-rtx", "text") for line in optional[extra])]
+    wanted = [
+        *project["dependencies"],
+        *(line for extra in ("cuda-build", "dev", "samples", "tensorrt-rtx", "text") for line in optional[extra]),
+    ]
     pinned = constraints()
     for line in wanted:
         found = re.match(r"[\w.-]+", line)
