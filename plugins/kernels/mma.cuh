@@ -24,6 +24,12 @@ __device__ __forceinline__ void copy_8(uint32_t target, const void* source, bool
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(target), "l"(source), "r"(bytes) : "memory");
 }
 
+// 4 bytes; otherwise as copy_16.
+__device__ __forceinline__ void copy_4(uint32_t target, const void* source, bool inside) {
+  const int bytes = inside ? 4 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target), "l"(source), "r"(bytes) : "memory");
+}
+
 // Closes a group of copies.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

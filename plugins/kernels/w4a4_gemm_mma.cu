@@ -22,8 +22,10 @@ namespace fq {
 namespace {
 
 constexpr int kPanel = 128;  // codes of K
-constexpr int kFewSums = 32;  // of a thread, where registers are short
 constexpr int kBand = 16;    // tiles of tokens that share a tile of channels while it is in L2
+
+// Scales of the weights: one a channel, one for a multiple of 128 codes of K, or one for a multiple of 32.
+enum class Scales { kChannel, kPanels, kSteps };
 
 struct Arguments {
   const uint8_t* q;
@@ -34,6 +36,7 @@ struct Arguments {
   void* y;
   int64_t m, n;
   int k, groups, group_size, dtype;
+  float groups_per_panel;  // 128 / group_size
   int token_tiles, channel_tiles;
 };
 
@@ -194,14 +197,14 @@ struct Tile {
   static constexpr int kBlocks = kBlocks_;  // on a multiprocessor, where shared memory allows it
   static constexpr int kWarpTokens = 16 * kRowTiles, kWarpChannels = 8 * kColumnTiles;
   static constexpr int kTokens = kWarpTokens * kWarpRows, kChannels = kWarpChannels * kWarpColumns;
-  static constexpr int kSums = 4 * kRowTiles * kColumnTiles;  // of a thread
   static constexpr int kTeamThreads = 32 * kWarpRows * kWarpColumns, kThreads = kTeamThreads * kTeams;
 };
 
-template <class Op, class Tile>
+template <class Op, class Tile, Scales kScales>
 struct Memory {
   static constexpr int kActivations = Tile::kTokens * Op::kActivationBytes;  // bytes of a panel
-  static constexpr int kStage = kActivations + Tile::kChannels * Op::kWeightBytes;
+  static constexpr int kWeights = Tile::kChannels * Op::kWeightBytes;
+  static constexpr int kStage = kActivations + kWeights + (kScales == Scales::kPanels ? Tile::kChannels * 4 : 0);
   static constexpr int kTeam = kStage * Tile::kStages;
   // Sums on their way to y, with rows that are 8 apart modulo 32 banks.
   static constexpr int kPitch = (Tile::kTeams == 1 ? Tile::kWarpChannels : Tile::kChannels) + 8;
@@ -331,6 +334,7 @@ __device__ __forceinline__ void finish(const Arguments& p, const int32_t* parts,
 constexpr int32_t kMagicBits = 0x4b400000;
 constexpr float kMagic = 12582912.0f;
 
+// The scales of a lane's channels for one group.
 template <int kColumnTiles>
 struct GroupScales {
   const float* first;  // of this lane's first channel
@@ -341,6 +345,7 @@ struct GroupScales {
       : first(p.w_scale + (min(channel, p.n - 8) + lane % 4 * 2) * p.groups),
         last(static_cast<int>(max(min((p.n - channel) / 8, int64_t(kColumnTiles)) - 1, int64_t(0)))) {}
 
+  // From global memory.
   __device__ __forceinline__ void load(int group, int groups) {
 #pragma unroll
     for (int i = 0; i < kColumnTiles; ++i) {
@@ -349,13 +354,25 @@ struct GroupScales {
       values[i][1] = __ldg(first + at + groups);
     }
   }
+
+  // From this lane's place among the channels' scales in shared memory.
+  __device__ __forceinline__ void load(uint32_t place) {
+#pragma unroll
+    for (int i = 0; i < kColumnTiles; ++i) {
+      uint32_t first, second;
+      load_8(first, second, place + i * 32);
+      values[i][0] = __uint_as_float(first);
+      values[i][1] = __uint_as_float(second);
+    }
+  }
 };
 
 // ---- the kernel ----
 
-template <class Op, class Tile, bool kGrouped>
+template <class Op, class Tile, Scales kScales>
 __device__ __forceinline__ void compute_tile(const Arguments& p) {
-  using Layout = Memory<Op, Tile>;
+  using Layout = Memory<Op, Tile, kScales>;
+  constexpr bool kGrouped = kScales != Scales::kChannel;
   extern __shared__ __align__(128) uint8_t memory[];
   constexpr int kRowTiles = Tile::kRowTiles, kColumnTiles = Tile::kColumnTiles, kTeams = Tile::kTeams, kStages = Tile::kStages;
   // From lane 0, so that the compiler knows that it is the same for the whole warp.
@@ -380,6 +397,18 @@ __device__ __forceinline__ void compute_tile(const Arguments& p) {
     const uint32_t target = base + stage * Layout::kStage;
     activations.template copy<kParts>(target, panel * Op::kActivationBytes, q_pitch, thread, index < mine, part);
     weights.template copy<kParts>(target + Layout::kActivations, panel * Op::kWeightBytes, w_pitch, thread, index < mine, part);
+    if constexpr (kScales == Scales::kPanels) {
+      static_assert(Tile::kTeamThreads >= Tile::kChannels || Tile::kChannels == 2 * Tile::kTeamThreads);
+      if (part == 0) {
+        const int group = static_cast<int>((panel + 0.5f) * p.groups_per_panel);
+#pragma unroll
+        for (int i = 0; i < Tile::kChannels; i += Tile::kTeamThreads) {
+          const int64_t mine_too = channel + i + thread;
+          if (i + thread < Tile::kChannels)
+            copy_4(target + Layout::kActivations + Layout::kWeights + (i + thread) * 4, p.w_scale + mine_too * p.groups + group, index < mine && mine_too < p.n);
+        }
+      }
+    }
     if (part == kParts - 1) commit_copies();
   };
 #pragma unroll
@@ -402,9 +431,9 @@ __device__ __forceinline__ void compute_tile(const Arguments& p) {
   [[maybe_unused]] GroupScales<kGrouped ? kColumnTiles : 1> scales(p, channel + column, lane);
   [[maybe_unused]] const auto close_group = [&] {
 #pragma unroll
-    for (int i = 0; i < kRowTiles; ++i)
+    for (int j = 0; j < kColumnTiles; ++j)
 #pragma unroll
-      for (int j = 0; j < kColumnTiles; ++j)
+      for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           totals[i][j][e] += (__int_as_float(sums[i][j][e]) - kMagic) * scales.values[j][e % 2];
@@ -419,6 +448,12 @@ __device__ __forceinline__ void compute_tile(const Arguments& p) {
   sync_threads<Tile::kTeamThreads, Tile::kThreads>(team + 1);
   reader.load(operands[0], base, base + Layout::kActivations, 0);
   for (int index = 0; index < mine; ++index) {
+    [[maybe_unused]] int group = 0, left = 0;  // codes to the end of the group
+    if constexpr (kScales == Scales::kSteps) {
+      const int k = (index * kTeams + team) * kPanel;
+      group = k / p.group_size;
+      left = (group + 1) * p.group_size - k;
+    }
 #pragma unroll
     for (int step = 0; step < Op::kSteps; ++step) {
       auto& now = operands[step % 2];
@@ -428,6 +463,8 @@ __device__ __forceinline__ void compute_tile(const Arguments& p) {
         reader.load(next, panel, panel + Layout::kActivations, step + 1);
         if constexpr (kParts > 1) fetch(index + kStages - 1, freed, step + 1);
       } else {
+        if constexpr (kScales == Scales::kPanels)
+          scales.load(base + stage * Layout::kStage + Layout::kActivations + Layout::kWeights + (column + lane % 4 * 2) * 4);
         // The next panel is there, and nobody reads this one any more: its place is free.
         wait_for_copies<kStages - 2>();
         sync_threads<Tile::kTeamThreads, Tile::kThreads>(team + 1);
@@ -437,32 +474,38 @@ __device__ __forceinline__ void compute_tile(const Arguments& p) {
         reader.load(next, panel, panel + Layout::kActivations, 0);
         fetch(index + kStages, freed, 0);
       }
-      [[maybe_unused]] const int k = (index * kTeams + team) * kPanel + step * (kPanel / Op::kSteps);
-      [[maybe_unused]] const bool closes = kGrouped && (step + 1 == Op::kSteps || (k + kPanel / Op::kSteps) % p.group_size == 0);
-      if constexpr (kGrouped) {
-        if (closes) scales.load(min(k / p.group_size, p.groups - 1), p.groups);
-      }
       Op::prepare(now);
-      if constexpr (kGrouped && Op::kSteps == 2 && Tile::kSums <= kFewSums) {
-        if (p.group_size % 64 != 0) {  // a step of 64 may hold the end of one group and the beginning of the next: launch() takes such a tile
+      if constexpr (kScales == Scales::kSteps) {
+        constexpr int kHalves = Op::kSteps == 2 ? 2 : 1;  // a step of 64 may hold the end of one group and the beginning of the next
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            scales.load(min((k + half * 32) / p.group_size, p.groups - 1), p.groups);
+        for (int half = 0; half < kHalves; ++half) {
+          left -= 32;
+          const bool closes = left == 0 || (step + 1 == Op::kSteps && half + 1 == kHalves);
+          if (closes) scales.load(min(group, p.groups - 1), p.groups);
 #pragma unroll
-            for (int j = 0; j < kColumnTiles; ++j)
+          for (int j = 0; j < kColumnTiles; ++j)
 #pragma unroll
-              for (int i = 0; i < kRowTiles; ++i) multiply_s4(sums[i][j], now.a[i][2 * half], now.a[i][2 * half + 1], now.b[j][half]);
-            close_group();
+            for (int i = 0; i < kRowTiles; ++i) {
+              if constexpr (kHalves == 2) {
+                multiply_s4(sums[i][j], now.a[i][2 * half], now.a[i][2 * half + 1], now.b[j][half]);
+              } else {
+                Op::multiply(sums[i][j], now.a[i], now.b[j]);
+              }
+            }
+          if (closes) close_group();
+          if (left == 0) {
+            left = p.group_size;
+            ++group;
           }
-          continue;
         }
-      }
+      } else {
 #pragma unroll
-      for (int j = 0; j < kColumnTiles; ++j)
+        for (int j = 0; j < kColumnTiles; ++j)
 #pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) Op::multiply(sums[i][j], now.a[i], now.b[j]);
-      if constexpr (kGrouped) {
-        if (closes) close_group();
+          for (int i = 0; i < kRowTiles; ++i) Op::multiply(sums[i][j], now.a[i], now.b[j]);
+        if constexpr (kScales == Scales::kPanels) {
+          if (step + 1 == Op::kSteps) close_group();
+        }
       }
     }
   }
@@ -503,19 +546,19 @@ __device__ __forceinline__ void compute_tile(const Arguments& p) {
 }
 
 // From 9.0 on the compiler emulates products of int4 in a subroutine, which leaves no registers for large tiles.
-template <class Op, class Tile, bool kGrouped>
-constexpr bool kEmulates = !std::is_same_v<Op, PlainInt4> || Tile::kSums <= (kGrouped ? kFewSums : 2 * kFewSums);
+template <class Op, class Tile, Scales kScales>
+constexpr bool kCanEmulate = !std::is_same_v<Op, PlainInt4> || Tile::kRowTiles * Tile::kColumnTiles <= (kScales == Scales::kChannel ? 16 : 8);
 
-template <class Op, class Tile, bool kGrouped>
-__global__ void __launch_bounds__(Tile::kThreads, kGrouped ? 1 : Tile::kBlocks) w4a4_gemm(const __grid_constant__ Arguments p) {
+template <class Op, class Tile, Scales kScales>
+__global__ void __launch_bounds__(Tile::kThreads, kScales == Scales::kChannel ? Tile::kBlocks : 1) w4a4_gemm(const __grid_constant__ Arguments p) {
 #if __CUDA_ARCH__ >= 900
-  if constexpr (kEmulates<Op, Tile, kGrouped>) {
-    compute_tile<Op, Tile, kGrouped>(p);
+  if constexpr (kCanEmulate<Op, Tile, kScales>) {
+    compute_tile<Op, Tile, kScales>(p);
   } else {
     __trap();  // launch() takes another tile
   }
 #else
-  compute_tile<Op, Tile, kGrouped>(p);
+  compute_tile<Op, Tile, kScales>(p);
 #endif
 }
 
@@ -530,9 +573,9 @@ using Large = Tile<4, 8, 2, 2, 1, 3, 2>;        // 128 x 128
 using GroupedLarge = Tile<2, 8, 4, 2, 1, 3>;    // 128 x 128, for two sets of sums
 using Largest = Tile<4, 8, 2, 4, 1, 3>;         // 128 x 256
 
-template <class Op, class Tile, bool kGrouped>
+template <class Op, class Tile, Scales kScales>
 fq_status launch_tile(const fq_w4a4_gemm_params& params, cudaStream_t stream) {
-  constexpr int kBytes = Memory<Op, Tile>::kBytes;
+  constexpr int kBytes = Memory<Op, Tile, kScales>::kBytes;
   const int64_t token_tiles = (params.m + Tile::kTokens - 1) / Tile::kTokens, channel_tiles = (params.n + Tile::kChannels - 1) / Tile::kChannels;
   if (token_tiles > INT32_MAX / kBand || channel_tiles > INT32_MAX / kBand || token_tiles * channel_tiles > INT32_MAX)
     return fail(FQ_INVALID_ARGUMENT, "m %lld and n %lld are too large for one launch: split m", static_cast<long long>(params.m), static_cast<long long>(params.n));
@@ -548,10 +591,11 @@ fq_status launch_tile(const fq_w4a4_gemm_params& params, cudaStream_t stream) {
   arguments.k = static_cast<int>(params.k);
   arguments.groups = static_cast<int>(params.groups);
   arguments.group_size = static_cast<int>(params.k / params.groups);
+  arguments.groups_per_panel = static_cast<float>(kPanel) / static_cast<float>(arguments.group_size);
   arguments.dtype = params.dtype;
   arguments.token_tiles = static_cast<int>(token_tiles);
   arguments.channel_tiles = static_cast<int>(channel_tiles);
-  const void* kernel = reinterpret_cast<const void*>(&w4a4_gemm<Op, Tile, kGrouped>);
+  const void* kernel = reinterpret_cast<const void*>(&w4a4_gemm<Op, Tile, kScales>);
   if (const fq_status status = check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), "cudaFuncSetAttribute"); status != FQ_OK)
     return status;
   void* pointers[] = {&arguments};
@@ -560,7 +604,7 @@ fq_status launch_tile(const fq_w4a4_gemm_params& params, cudaStream_t stream) {
 
 template <class Op, class Tile>
 fq_status launch_tile(const fq_w4a4_gemm_params& params, cudaStream_t stream) {
-  return params.groups > 1 ? launch_tile<Op, Tile, true>(params, stream) : launch_tile<Op, Tile, false>(params, stream);
+  return params.groups > 1 ? launch_tile<Op, Tile, Scales::kPanels>(params, stream) : launch_tile<Op, Tile, Scales::kChannel>(params, stream);
 }
 
 // What a tactic takes for K = 4096, in microseconds: a block that has a multiprocessor to itself, and each of many.
@@ -575,7 +619,7 @@ constexpr int kTacticCount = sizeof(kTactics) / sizeof(Tactic);
 
 // The tactic of the least estimated time.
 int choose_tactic(const fq_w4a4_gemm_params& params, const Device& device) {
-  const bool pairs = device.shared_memory >= 2 * Memory<PlainInt8, Large>::kBytes;  // two blocks of 128 x 128 on a multiprocessor
+  const bool pairs = device.shared_memory >= 2 * Memory<PlainInt8, Large, Scales::kChannel>::kBytes;  // two blocks of 128 x 128 on a multiprocessor
   int chosen = 0;
   double least = 0;
   for (int i = 0; i < kTacticCount; ++i) {
@@ -594,10 +638,14 @@ int choose_tactic(const fq_w4a4_gemm_params& params, const Device& device) {
 
 template <class Op>
 fq_status launch(const fq_w4a4_gemm_params& params, const Device& device, cudaStream_t stream) {
+  const bool grouped = params.groups > 1;
   int tactic = params.tactic != 0 ? params.tactic : choose_tactic(params, device);
-  if (std::is_same_v<Op, PlainInt4>) {
-    if (params.k / params.groups % 64 != 0 && params.groups > 1) tactic = std::min(tactic, 3);
-    if (device.capability >= 90) tactic = std::min(tactic, params.groups > 1 ? 3 : 4);
+  if (std::is_same_v<Op, PlainInt4> && device.capability >= 90) tactic = std::min(tactic, grouped ? 3 : 4);
+  if (grouped && params.k / params.groups % kPanel != 0) {  // two tiles for all tactics
+    if constexpr (!std::is_same_v<Op, PlainInt4>) {
+      if (tactic > 3) return launch_tile<Op, Medium, Scales::kSteps>(params, stream);
+    }
+    return launch_tile<Op, Some, Scales::kSteps>(params, stream);
   }
   switch (tactic) {
     case 1:
@@ -608,16 +656,15 @@ fq_status launch(const fq_w4a4_gemm_params& params, const Device& device, cudaSt
       return launch_tile<Op, Some>(params, stream);
     case 4:
       return launch_tile<Op, Medium>(params, stream);
-    case 5:
-      return params.groups > 1 ? launch_tile<Op, GroupedLarge, true>(params, stream) : launch_tile<Op, Large, false>(params, stream);
-    default:  // with scales per group, two sets of sums leave no room for a larger tile
-      return params.groups > 1 ? launch_tile<Op, GroupedLarge, true>(params, stream) : launch_tile<Op, Largest, false>(params, stream);
+    default:  // with scales per group, two sets of sums leave no room for larger tiles than 128 x 128
+      if (grouped) return launch_tile<Op, GroupedLarge, Scales::kPanels>(params, stream);
+      return tactic == 5 ? launch_tile<Op, Large, Scales::kChannel>(params, stream) : launch_tile<Op, Largest, Scales::kChannel>(params, stream);
   }
 }
 
 const char* fits_shape(const fq_w4a4_gemm_params& params, const Device& device) {
   if (params.groups > 1 && params.k / params.groups % 32 != 0) return "groups of weights are a multiple of 32 codes";
-  if (device.shared_memory < 96 * 1024) return "it takes 96 KiB of shared memory a block";
+  if (device.shared_memory < 99 * 1024) return "it takes 99 KiB of shared memory a block";
   return nullptr;
 }
 
@@ -630,7 +677,7 @@ fq_status launch_s8(const fq_w4a4_gemm_params& params, const Device& device, cud
   if (params.layout == FQ_K128) return launch<BlockedInt8>(params, device, stream);
   if (params.k % 32 == 0) return launch<PlainInt8>(params, device, stream);
   // Rare, so that every tactic takes one of two tiles.
-  return params.m <= 32 ? launch_tile<UnalignedInt8, Some, false>(params, stream) : launch_tile<UnalignedInt8, Medium, false>(params, stream);
+  return params.m <= 32 ? launch_tile<UnalignedInt8, Some, Scales::kChannel>(params, stream) : launch_tile<UnalignedInt8, Medium, Scales::kChannel>(params, stream);
 }
 
 const char* fits_s4(const fq_w4a4_gemm_params& params, const Device& device) {
