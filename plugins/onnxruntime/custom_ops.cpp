@@ -151,9 +151,55 @@ class Call {
     return static_cast<fq_stream>(stream);
   }
 
+  const OrtApi& api() const { return api_; }
+  OrtKernelContext* context() const { return context_; }
+
  private:
   const OrtApi& api_;
   OrtKernelContext* context_;
+};
+
+// The rows of an input, each on a border of 16 bytes as kernels read them: the input itself, or a copy where a row's size is no multiple.
+class AlignedRows {
+ public:
+  AlignedRows(const Call& call, size_t index, int64_t rows, size_t row_bytes)
+      : api_(call.api()), data_(call.data<void>(index)), pitch_(row_bytes) {
+    constexpr size_t kAlignment = 16;
+    if (row_bytes % kAlignment == 0) return;
+    pitch_ = (row_bytes + kAlignment - 1) / kAlignment * kAlignment;
+    const OrtMemoryInfo* place = nullptr;  // the input's
+    check(api_, api_.GetTensorMemoryInfo(call.input(index), &place));
+    check(api_, api_.KernelContext_GetAllocator(call.context(), place, &allocator_));
+    OrtStatus* status = api_.KernelContext_GetScratchBuffer(call.context(), place, pitch_ * rows, &copy_);
+    const cudaError_t error = status == nullptr ? copy(rows, row_bytes, call.stream()) : cudaSuccess;
+    if (status != nullptr || error != cudaSuccess) release();
+    check(api_, status);
+    check(error, "copying rows");
+    data_ = copy_;
+  }
+  AlignedRows(const AlignedRows&) = delete;
+  AlignedRows& operator=(const AlignedRows&) = delete;
+  ~AlignedRows() { release(); }
+
+  const void* data() const { return data_; }
+  size_t pitch() const { return pitch_; }  // bytes from row to row
+
+ private:
+  cudaError_t copy(int64_t rows, size_t row_bytes, fq_stream stream) {
+    return cudaMemcpy2DAsync(copy_, pitch_, data_, row_bytes, row_bytes, rows, cudaMemcpyDeviceToDevice, stream);
+  }
+
+  // The buffer belongs to the call's stream: whoever gets it next comes after the work that reads it.
+  void release() {
+    if (copy_ != nullptr) allocator_->Free(allocator_, copy_);
+    if (allocator_ != nullptr) api_.ReleaseAllocator(allocator_);
+  }
+
+  const OrtApi& api_;
+  const void* data_;
+  size_t pitch_;
+  OrtAllocator* allocator_ = nullptr;
+  void* copy_ = nullptr;
 };
 
 // --- a node, when its kernel is made --------------------------------------------------------------------------------------------------
@@ -315,10 +361,13 @@ class FlatQuantize {
     params.q = call.output<void>(0, q);
     params.scale = call.output<float>(1, scale);
     if (rows == 0) return;
-    params.x = call.data<void>(kX);
+    const size_t size = dtype_ == FQ_FLOAT ? sizeof(float) : sizeof(uint16_t);
+    const AlignedRows aligned(call, kX, rows, k * size);
+    params.x = aligned.data();
+    params.x_stride = static_cast<int64_t>(aligned.pitch() / size);
     params.clip_ptr = call.data<float>(kClip);
     params.rows = rows;
-    params.k = params.x_stride = k;
+    params.k = k;
     params.dtype = dtype_;
     params.bits = bits_;
     params.container = packed_ ? FQ_PACKED : FQ_INT8;
