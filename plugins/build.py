@@ -186,7 +186,7 @@ def build(
     objects = _Objects(library.cache_folder() / "objects", plan)
     with (progress or Silent()).task("Compiling", total=len(plan.sources)) as task:
         compiled = objects.get(plan.sources, jobs or len(os.sched_getaffinity(0)), force=force, task=task)
-    kernels = {name: demangled(usages(made.output)) for name, made in compiled.items()}
+    kernels = {name: sorted(demangled(usages(made.output)), key=_order) for name, made in compiled.items()}
     _check_quality(kernels, {name: made.output for name, made in compiled.items()})
     left_out = tuple(source.name for source in every if source not in plan.sources)
     built = _link(plan, compiled, destination, kernels, left_out, started)
@@ -516,6 +516,10 @@ def _make_folder(path: Path) -> None:
 def _signal(process: subprocess.Popen[bytes], number: int) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, number)
+
+
+def _order(usage: Usage) -> tuple[int, str]:
+    return _number(usage.architecture), usage.function
 
 
 def _number(architecture: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -59,16 +60,30 @@ def binary_tool(name: str) -> Path:
 
 
 @cache
-def machine_code(path: Path, architecture: str) -> dict[str, list[str]]:
-    """By mangled function, the instructions (mnemonic first) that a library holds for an architecture."""
+def machine_code(path: Path, architecture: str, functions: frozenset[str] = frozenset()) -> dict[str, list[str]]:
+    """By function, as the linker knows it, the instructions (mnemonic first) that a library holds for an architecture.
+
+    Args:
+        path: The library.
+        architecture: Such as ``90a``.
+        functions: Those wanted; empty for all.
+    """
     tool = binary_tool("cuobjdump")
-    binary_tool("nvdisasm")
-    done = subprocess.run([tool, "-sass", "-arch", f"sm_{architecture}", path], capture_output=True, text=True, check=True)
+    only = ["-fun", ",".join(sorted(functions))] if functions else []
+    env = {**os.environ, "PATH": f"{binary_tool('nvdisasm').parent}:{os.environ['PATH']}"}
     code: dict[str, list[str]] = {}
     current: list[str] = []
-    for line in done.stdout.splitlines():
-        if name := re.search(r"Function : (\S+)", line):
-            current = code.setdefault(name[1], [])
-        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*[^;]*);", line):
-            current.append(instruction[1].strip())
+    command = [tool, "-sass", "-arch", f"sm_{architecture}", *only, path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stdout is not None
+        for line in process.stdout:  # it may be a hundred megabytes
+            if instruction := _INSTRUCTION.match(line):
+                current.append(instruction[1])
+            elif name := _FUNCTION.search(line):
+                current = code.setdefault(name[1], [])
+    assert process.returncode == 0
     return code
+
+
+_FUNCTION = re.compile(r"Function : (\S+)")
+_INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)")
