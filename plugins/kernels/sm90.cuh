@@ -152,6 +152,19 @@ __device__ __forceinline__ void copy_box_to(void* to, const CUtensorMap* map, ui
       : "memory");
 }
 
+// `bytes` (a multiple of 16) of this block's shared memory to that of another of the cluster; `barrier` there counts them.
+__device__ __forceinline__ void copy_to_block(void* to, const void* from, uint32_t bytes, uint64_t* barrier, uint32_t block) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote, remote_barrier;\n"
+      "mapa.shared::cluster.u32 remote, %0, %4;\n"
+      "mapa.shared::cluster.u32 remote_barrier, %3, %4;\n"
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [remote], [%1], %2, [remote_barrier];\n"
+      "}\n" ::"r"(shared_address(to)),
+      "r"(shared_address(from)), "r"(bytes), "r"(shared_address(barrier)), "r"(block)
+      : "memory");
+}
+
 __device__ __forceinline__ void store_box(const CUtensorMap* map, const void* from, int32_t column, int32_t row) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(shared_address(from)),
                "r"(column), "r"(row)
@@ -165,6 +178,8 @@ template <int kPending>
 __device__ __forceinline__ void store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
+
+__device__ __forceinline__ void prefetch_second_level(const void* place) { asm volatile("prefetch.global.L2 [%0];" ::"l"(place)); }
 
 // ---- clusters ----
 

@@ -21,8 +21,8 @@ namespace {
 
 using namespace sm90;
 
-constexpr int kBlockK = 128;            // of a stage: a row of activations is one 128-byte swizzle row
-constexpr int kWeightRow = kBlockK / 2;  // bytes of a stage's row of weights
+constexpr int kBlockK = 128;            // what the layout orders: a row of activations is one 128-byte swizzle row
+constexpr int kWeightRow = kBlockK / 2;  // bytes of a row of weights in a block of K
 constexpr int kConsumers = 256;
 
 struct Problem {
@@ -40,11 +40,11 @@ struct Problem {
 // The weights' registers of one stage, unpacked: operands of the four k = 32 steps.
 using Operands = uint32_t[4][4];
 
-// 32 nibbles of row `row` and of the row 8 below it.
-__device__ __forceinline__ void load_operands(Operands& a, const uint8_t* weights, int row, int quad) {
-  const uint8_t* place = weights + row * kWeightRow + quad * 16;
+// A thread's 32 nibbles at `place` and those of the row 8 below.
+template <int kPitch>
+__device__ __forceinline__ void load_operands(Operands& a, const uint8_t* place) {
   const uint4 upper = *reinterpret_cast<const uint4*>(place);
-  const uint4 lower = *reinterpret_cast<const uint4*>(place + 8 * kWeightRow);
+  const uint4 lower = *reinterpret_cast<const uint4*>(place + 8 * kPitch);
   const uint32_t words[4][2] = {{upper.x, lower.x}, {upper.y, lower.y}, {upper.z, lower.z}, {upper.w, lower.w}};
 #pragma unroll
   for (int step = 0; step < 4; ++step)
@@ -69,12 +69,13 @@ __device__ __forceinline__ void settle(int32_t (&sums)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(sums[i])::"memory");
 }
 
-// A stage of the ring in shared memory: weights [kRows, 64 bytes], then activations [kTokens, 128 bytes] in swizzled rows.
-template <int kRows, int kTokens>
+// A stage of the ring in shared memory: weights [kRows, 64 kBlocks bytes], then activations [kBlocks, kTokens, 128 bytes] in swizzled rows.
+template <int kRows, int kTokens, int kBlocks>
 struct Stage {
-  static constexpr int kWeightBytes = kRows * kWeightRow;
-  static constexpr int kTokenBytes = kTokens * kBlockK;
-  static constexpr int kBytes = kWeightBytes + kTokenBytes;
+  static constexpr int kWeightPitch = kBlocks * kWeightRow;
+  static constexpr int kWeightBytes = kRows * kWeightPitch;
+  static constexpr int kTokenBytes = kTokens * kBlockK;  // of one block of K
+  static constexpr int kBytes = kWeightBytes + kBlocks * kTokenBytes;
   static_assert(kWeightBytes % 1024 == 0 && kTokenBytes % 1024 == 0, "swizzled rows repeat every 1,024 bytes");
 };
 
@@ -103,12 +104,12 @@ struct Sums {
   }
 };
 
-// One warpgroup's product over `steps` stages from the ring. `row` is the thread's row in the block of its first tile, `release(stage)`
-// gives a stage back, `group_scale(tile, half, step)` is the scale of row + 64 tile + 8 half for that step.
-template <int kRows, int kTokens, int kTiles, int kStages, bool kGrouped, typename Release, typename GroupScale>
+// One warpgroup's product over `steps` blocks of K (whole stages) from the ring. `row` is the thread's row in the stage of its first tile,
+// `release(stage)` gives a stage back, `group_scale(tile, half, step)` is the scale of row + 64 tile + 8 half for that step.
+template <typename Stage, int kTokens, int kTiles, int kBlocks, int kStages, bool kGrouped, typename Release, typename GroupScale>
 __device__ __forceinline__ void multiply(Sums<kTokens, kTiles, kGrouped>& sums, Cursor<kStages>& cursor, const uint8_t* ring,
                                          uint64_t* full, int steps, int row, int quad, Release release, GroupScale group_scale) {
-  using Stage = Stage<kRows, kTokens>;
+  static_assert(kBlocks <= 2, "the loop takes two steps at a time");
   Operands a[2][kTiles];
   const uint32_t ring_address = shared_address(ring);
   if constexpr (kGrouped) {
@@ -117,17 +118,19 @@ __device__ __forceinline__ void multiply(Sums<kTokens, kTiles, kGrouped>& sums, 
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) sums.scaled[tile][i] = 0;
   }
-  // The next stage's weights, in the registers of the products before the last: those have read them.
-  const auto load = [&](Operands(&operands)[kTiles]) {
-    barrier_wait(&full[cursor.stage], cursor.parity);
+  // The weights of a block of K, into the registers of the products before the last: those have read them.
+  const auto load = [&](Operands(&operands)[kTiles], int block) {
+    if (block == 0) barrier_wait(&full[cursor.stage], cursor.parity);
+    const uint8_t* place = ring + cursor.stage * Stage::kBytes + row * Stage::kWeightPitch + block * kWeightRow + quad * 16;
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) load_operands(operands[tile], ring + cursor.stage * Stage::kBytes, row + 64 * tile, quad);
+    for (int tile = 0; tile < kTiles; ++tile) load_operands<Stage::kWeightPitch>(operands[tile], place + 64 * tile * Stage::kWeightPitch);
   };
-  load(a[0]);
-  int previous = -1;
-  const auto step = [&](Operands(&now)[kTiles], Operands(&next)[kTiles], int index) {
+  load(a[0], 0);
+  int previous = -1;  // the stage whose last products may still be reading
+  const auto step = [&](Operands(&now)[kTiles], Operands(&next)[kTiles], int index, int block) {
     const int stage = cursor.stage;
-    const uint64_t tokens = descriptor_128b(ring_address + stage * Stage::kBytes + Stage::kWeightBytes);
+    const bool last_of_stage = block + 1 == kBlocks;
+    const uint64_t tokens = descriptor_128b(ring_address + stage * Stage::kBytes + Stage::kWeightBytes + block * Stage::kTokenBytes);
     // Without this the compiler may move the unpacking past the fence, and fences again.
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
@@ -141,16 +144,17 @@ __device__ __forceinline__ void multiply(Sums<kTokens, kTiles, kGrouped>& sums, 
       for (int tile = 0; tile < kTiles; ++tile)  // the descriptor counts in 16 bytes: 32 codes are two
         WgmmaS8<kTokens>::run(sums.whole[tile], now[tile][j], tokens + 2 * j, j > 0 || (!kGrouped && index > 0));
     wgmma_commit();
-    cursor.advance();
+    if (last_of_stage) cursor.advance();
+    const int next_block = last_of_stage ? 0 : block + 1;
     if constexpr (kGrouped) {
       float scales[kTiles][2];
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
         for (int half = 0; half < 2; ++half) scales[tile][half] = group_scale(tile, half, index);
-      if (index + 1 < steps) load(next);
+      if (index + 1 < steps) load(next, next_block);
       wgmma_wait<0>();
-      release(stage);
+      if (last_of_stage) release(stage);
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         settle(sums.whole[tile]);
@@ -160,22 +164,92 @@ __device__ __forceinline__ void multiply(Sums<kTokens, kTiles, kGrouped>& sums, 
       }
     } else {
       wgmma_wait<1>();  // the step before has read its stage and its registers
-      if (previous >= 0) release(previous);
-      previous = stage;
-      if (index + 1 < steps) load(next);
+      if (block == 0) {
+        if (previous >= 0) release(previous);
+        previous = stage;
+      }
+      if (index + 1 < steps) load(next, next_block);
     }
   };
   int index = 0;
   for (; index + 1 < steps; index += 2) {
-    step(a[0], a[1], index);
-    step(a[1], a[0], index + 1);
+    step(a[0], a[1], index, 0);
+    step(a[1], a[0], index + 1, kBlocks - 1);
   }
-  if (index < steps) step(a[0], a[1], index);
+  if (kBlocks == 1 && index < steps) step(a[0], a[1], index, 0);
   if constexpr (!kGrouped) {
     wgmma_wait<0>();
     release(previous);
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) settle(sums.whole[tile]);
+  }
+}
+
+// The same with a scale per block of K, for one tile of many tokens: two halves of the columns take turns, so that one is multiplied while
+// the other's sums are scaled.
+template <typename Stage, int kTokens, int kStages, typename Release, typename GroupScale>
+__device__ __forceinline__ void multiply_in_halves(Sums<kTokens, 1, true>& sums, Cursor<kStages>& cursor, const uint8_t* ring, uint64_t* full,
+                                                   int steps, int row, int quad, Release release, GroupScale group_scale) {
+  constexpr int kHalf = kTokens / 2;
+  constexpr uint32_t kHalfOffset = kHalf * kBlockK / 16;  // in a descriptor's units
+  Operands a[2];
+  int32_t whole[2][kHalf / 2];
+  const uint32_t ring_address = shared_address(ring);
+#pragma unroll
+  for (int i = 0; i < kTokens / 2; ++i) sums.scaled[0][i] = 0;
+  const auto load = [&](Operands& operands, int stage) {
+    load_operands<Stage::kWeightPitch>(operands, ring + stage * Stage::kBytes + row * Stage::kWeightPitch + quad * 16);
+  };
+  const auto issue = [&](Operands& operands, int half, int stage) {
+    const uint64_t tokens = descriptor_128b(ring_address + stage * Stage::kBytes + Stage::kWeightBytes) + half * kHalfOffset;
+    settle(operands);
+    settle(whole[half]);
+    wgmma_fence();
+#pragma unroll
+    for (int j = 0; j < 4; ++j) WgmmaS8<kHalf>::run(whole[half], operands[j], tokens + 2 * j, j > 0);
+    wgmma_commit();
+  };
+  const auto scale = [&](int half, const float(&scales)[2]) {
+    settle(whole[half]);
+#pragma unroll
+    for (int i = 0; i < kHalf / 2; ++i) {
+      float& sum = sums.scaled[0][half * (kHalf / 2) + i];
+      sum = fmaf(__int2float_rn(whole[half][i]), scales[i / 2 % 2], sum);
+    }
+  };
+  barrier_wait(&full[cursor.stage], cursor.parity);
+  load(a[0], cursor.stage);
+  issue(a[0], 0, cursor.stage);
+  issue(a[0], 1, cursor.stage);
+  float scales[2] = {group_scale(0, 0, 0), group_scale(0, 1, 0)};
+  const auto step = [&](Operands& next, int index) {
+    const int stage = cursor.stage;
+    const bool more = index + 1 < steps;
+    float next_scales[2] = {};
+    cursor.advance();
+    if (more) {
+      next_scales[0] = group_scale(0, 0, index + 1);
+      next_scales[1] = group_scale(0, 1, index + 1);
+      barrier_wait(&full[cursor.stage], cursor.parity);
+      load(next, cursor.stage);
+    }
+    wgmma_wait<1>();
+    scale(0, scales);
+    if (more) {
+      issue(next, 0, cursor.stage);
+      wgmma_wait<1>();
+    } else {
+      wgmma_wait<0>();
+    }
+    release(stage);
+    scale(1, scales);
+    if (more) issue(next, 1, cursor.stage);
+    scales[0] = next_scales[0];
+    scales[1] = next_scales[1];
+  };
+  for (int index = 0; index < steps; index += 2) {
+    step(a[1], index);
+    if (index + 1 < steps) step(a[0], index + 1);
   }
 }
 
@@ -209,7 +283,7 @@ constexpr int kTokenTileGroup = 8;   // token tiles that are worked on side by s
 template <int kTokens, int kTiles, int kStages>
 struct ManyTokens {
   static constexpr int kRows = 2 * 64 * kTiles;
-  using Stage = Stage<kRows, kTokens>;
+  using Stage = Stage<kRows, kTokens, 1>;
   struct Shared {
     alignas(1024) uint8_t ring[kStages * Stage::kBytes];
     alignas(1024) uint8_t out[2][2][kChunkBytes];  // [warpgroup][alternating]
@@ -237,6 +311,7 @@ __global__ void __launch_bounds__(kConsumers + 128, 1)
     many_tokens(const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap y_map,
                 const Problem p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  static_assert(!kGrouped || kTiles == 1, "the integer and the fp32 sums of one tile fill the registers");
   using Kernel = ManyTokens<kTokens, kTiles, kStages>;
   using Stage = typename Kernel::Stage;
   extern __shared__ __align__(1024) uint8_t raw[];
@@ -313,15 +388,20 @@ __global__ void __launch_bounds__(kConsumers + 128, 1)
         }
 
       Sums<kTokens, kTiles, kGrouped> sums;
-      multiply<Kernel::kRows, kTokens, kTiles, kStages, kGrouped>(
-          sums, cursor, shared.ring, shared.full, p.steps, consumer * 64 * kTiles + row_in_warpgroup, quad,
-          [&](int stage) {
-            if (lane < kPair) barrier_arrive_at(&shared.empty[stage], lane);
-          },
-          [&](int t, int half, int step) {
-            const int row = min(row0 + 64 * t + row_in_warpgroup + 8 * half, p.n - 1);
-            return __ldg(p.w_scale + size_t(row) * p.steps + step);
-          });
+      const auto release = [&](int stage) {
+        if (lane < kPair) barrier_arrive_at(&shared.empty[stage], lane);
+      };
+      const int row = consumer * 64 * kTiles + row_in_warpgroup;
+      if constexpr (kGrouped) {
+        const float* group_scales[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) group_scales[half] = p.w_scale + size_t(min(row0 + row_in_warpgroup + 8 * half, p.n - 1)) * p.steps;
+        multiply_in_halves<Stage>(sums, cursor, shared.ring, shared.full, p.steps, row, quad, release,
+                                  [&](int, int half, int step) { return __ldg(group_scales[half] + step); });
+      } else {
+        multiply<Stage, kTokens, kTiles, 1, kStages, false>(sums, cursor, shared.ring, shared.full, p.steps, row, quad, release,
+                                                            [](int, int, int) { return 1.f; });
+      }
 
 #pragma unroll
       for (int i = 0; i < kTokens / 128; ++i) shared.scale[consumer][thread + 128 * i] = token_scale[i];
@@ -380,162 +460,184 @@ __global__ void __launch_bounds__(kConsumers + 128, 1)
 
 // ---- few tokens ----
 
-constexpr int kFewRows = 128;
-constexpr int kPartialPitch = kFewRows + 4;  // 32-bit words a token: rows of a column fall into different banks
-
-template <int kTokens>
+template <int kTokens, int kTiles>
 struct FewTokens {
-  using Stage = Stage<kFewRows, kTokens>;
-  static constexpr int kStages = 100 * 1024 / Stage::kBytes;  // two blocks fit a multiprocessor
+  static constexpr int kRows = 2 * 64 * kTiles;  // at most: a block has as many as share out evenly
+  static constexpr int kBlocks = 2;              // 128-byte rows of weights: whole lines of the memory
+  using Stage = Stage<kRows, kTokens, kBlocks>;
+  static constexpr int kPitch = kRows + 4;  // 32-bit words a token: rows of a column fall into different banks
+  static constexpr int kStages = (226 * 1024 - kTokens * 4) / (Stage::kBytes + 16);
+  struct Sums {
+    int32_t own[kTokens * kPitch];
+    int32_t others[kTokens * kPitch];  // [other block][tokens that this block finishes][kPitch]
+  };
   struct Shared {
-    alignas(1024) uint8_t ring[kStages * Stage::kBytes];  // afterwards the sums, [kTokens][kPartialPitch]
+    union {
+      alignas(1024) uint8_t ring[kStages * Stage::kBytes];
+      Sums sums;  // when nothing is in the ring any more
+    };
     float scale[kTokens];
     uint64_t full[kStages];
     uint64_t empty[kStages];
+    uint64_t arrived;  // the others' sums
   };
-  static_assert(kTokens * kPartialPitch * 4 <= kStages * Stage::kBytes, "the sums take the ring's place");
   static constexpr int kSharedBytes = sizeof(Shared);
+  static_assert(kSharedBytes <= 227 * 1024, "more than a multiprocessor has");
 };
 
-__device__ __forceinline__ int4 load_from_block(const void* place, uint32_t block) {
-  uint32_t address;
-  int4 value;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(place)), "r"(block));
-  asm volatile("ld.shared::cluster.v4.s32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(address)
-               : "memory");
-  return value;
-}
-
-template <int kTokens, bool kGrouped>
-__global__ void __launch_bounds__(kConsumers + 32, kGrouped && kTokens >= 32 ? 1 : 2)
-    few_tokens(const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap q_map, const Problem p) {
+// Grid: row tiles of `rows`, splits of K (the cluster), token tiles.
+template <int kTokens, int kTiles, bool kGrouped>
+__global__ void __launch_bounds__(kConsumers + 32, 1)
+    few_tokens(const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap q_map, const Problem p, const int rows) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using Kernel = FewTokens<kTokens>;
+  using Kernel = FewTokens<kTokens, kTiles>;
   using Stage = typename Kernel::Stage;
-  constexpr int kStages = Kernel::kStages;
+  constexpr int kStages = Kernel::kStages, kBlocks = Kernel::kBlocks;
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& shared = *reinterpret_cast<typename Kernel::Shared*>(raw);
-  const int splits = gridDim.y;  // the cluster
+  const int splits = gridDim.y;
   const int split = blockIdx.y;
-  const int row0 = blockIdx.x * kFewRows;
+  const int row0 = blockIdx.x * rows;
   const int token0 = blockIdx.z * kTokens;
-  const int first = p.steps * split / splits;
-  const int steps = p.steps * (split + 1) / splits - first;
+  const int all = (p.steps + kBlocks - 1) / kBlocks;  // stages; beyond K there are zeros
+  const int first = all * split / splits;
+  const int stages = all * (split + 1) / splits - first;
 
+  const auto fill = [&](int i, int stage) {
+    uint8_t* place = shared.ring + stage * Stage::kBytes;
+    uint64_t* full = &shared.full[stage];
+    barrier_expect(full, rows * Stage::kWeightPitch + kBlocks * Stage::kTokenBytes);
+    copy_box(place, &w_map, full, (first + i) * Stage::kWeightPitch, row0, Keep::kFirstOut);
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block)
+      copy_box(place + Stage::kWeightBytes + block * Stage::kTokenBytes, &q_map, full, ((first + i) * kBlocks + block) * kBlockK, token0,
+               Keep::kLastOut);
+  };
   if (threadIdx.x == kConsumers) {
-    prefetch_tensor_map(&w_map);
-    prefetch_tensor_map(&q_map);
     for (int i = 0; i < kStages; ++i) {
       barrier_init(&shared.full[i], 1);
       barrier_init(&shared.empty[i], kConsumers / 32);
     }
+    barrier_init(&shared.arrived, 1);
     fence_barrier_init();
-    // The ring is empty: its first copies need no barrier but their own.
-    for (int i = 0; i < min(kStages, steps); ++i) {
-      uint8_t* stage = shared.ring + i * Stage::kBytes;
-      barrier_expect(&shared.full[i], Stage::kBytes);
-      copy_box(stage, &w_map, &shared.full[i], (first + i) * kWeightRow, row0, Keep::kFirstOut);
-      copy_box(stage + Stage::kWeightBytes, &q_map, &shared.full[i], (first + i) * kBlockK, token0, Keep::kLastOut);
-    }
+    for (int i = 0; i < min(kStages, stages); ++i) fill(i, i);  // an empty ring: nothing to wait for
   }
-  // What the epilogue will want is asked for now: a thread finishes four neighbouring channels of some tokens.
-  const int channel = row0 + threadIdx.x % 32 * 4;
-  float4 w_scale = {1.f / 16, 1.f / 16, 1.f / 16, 1.f / 16}, bias = {};
-  if (channel < p.n) {
-    if (!kGrouped) w_scale = __ldg(reinterpret_cast<const float4*>(p.w_scale + channel));
-    if (p.bias != nullptr) bias = __ldg(reinterpret_cast<const float4*>(p.bias + channel));
-  }
-  if (threadIdx.x < kTokens) shared.scale[threadIdx.x] = token0 + threadIdx.x < p.m ? __ldg(p.scale + token0 + threadIdx.x) : 0.f;
   __syncthreads();
 
   if (threadIdx.x >= kConsumers) {
+    if (kGrouped && threadIdx.x > kConsumers) {
+      // The scales would come from memory one line after the other, each when it is wanted.
+      const int lines = (min(stages * kBlocks, p.steps - first * kBlocks) + 31) / 32;
+      for (int i = threadIdx.x - kConsumers - 1; i < rows * lines; i += 31)
+        prefetch_second_level(p.w_scale + size_t(min(row0 + i / lines, p.n - 1)) * p.steps + first * kBlocks + i % lines * 32);
+    }
     if (threadIdx.x == kConsumers) {
       Cursor<kStages> cursor;
-      for (int i = kStages; i < steps; ++i) {
+      for (int i = kStages; i < stages; ++i) {
         barrier_wait(&shared.empty[cursor.stage], cursor.parity);
-        uint8_t* stage = shared.ring + cursor.stage * Stage::kBytes;
-        uint64_t* full = &shared.full[cursor.stage];
-        barrier_expect(full, Stage::kBytes);
-        copy_box(stage, &w_map, full, (first + i) * kWeightRow, row0, Keep::kFirstOut);
-        copy_box(stage + Stage::kWeightBytes, &q_map, full, (first + i) * kBlockK, token0, Keep::kLastOut);
+        fill(i, cursor.stage);
         cursor.advance();
       }
     }
     __syncwarp();
-  } else {
-    const int lane = threadIdx.x % 32;
-    const int quad = lane % 4;
-    const int row = threadIdx.x / 32 * 16 + lane / 4;
-    Cursor<kStages> cursor;
-    Sums<kTokens, 1, kGrouped> sums;
-    multiply<kFewRows, kTokens, 1, kStages, kGrouped>(
-        sums, cursor, shared.ring, shared.full, steps, row, quad,
-        [&](int stage) {
-          if (lane == 0) barrier_arrive(&shared.empty[stage]);
-        },
-        [&](int, int half, int step) {
-          return __ldg(p.w_scale + size_t(min(row0 + row + 8 * half, p.n - 1)) * p.steps + first + step);
-        });
-    named_barrier(1, kConsumers);  // both warpgroups have read the ring for the last time
-    auto* partial = reinterpret_cast<int32_t*>(shared.ring);
-#pragma unroll
-    for (int i = 0; i < kTokens / 2; ++i) {
-      const int token = i / 4 * 8 + quad * 2 + i % 2;
-      int32_t value = sums.whole[0][i] >> 4;
-      if constexpr (kGrouped) value = __float_as_int(sums.scaled[0][i]);
-      partial[token * kPartialPitch + row + i / 2 % 2 * 8] = value;
+    if (splits > 1) {
+      cluster_arrive_relaxed();
+      cluster_wait();
+      cluster_arrive_relaxed();
+      cluster_wait();
     }
-  }
-  if (splits > 1) {
-    cluster_arrive();
-    cluster_wait();
-  } else {
-    __syncthreads();
+    return;
   }
 
-  if (threadIdx.x < kConsumers) {
-    const int tokens = min(kTokens, p.m - token0);
-    for (int i = split * kConsumers + threadIdx.x; i < tokens * 32; i += splits * kConsumers) {
-      const int token = i / 32;
-      const auto* place = reinterpret_cast<const int32_t*>(shared.ring) + token * kPartialPitch + i % 32 * 4;
-      float4 sum;
-      if (splits == 1) {
-        const int4 v = *reinterpret_cast<const int4*>(place);
-        sum = kGrouped ? make_float4(__int_as_float(v.x), __int_as_float(v.y), __int_as_float(v.z), __int_as_float(v.w))
-                       : make_float4(__int2float_rn(v.x), __int2float_rn(v.y), __int2float_rn(v.z), __int2float_rn(v.w));
-      } else if constexpr (kGrouped) {
-        sum = make_float4(0.f, 0.f, 0.f, 0.f);
-        for (int block = 0; block < splits; ++block) {  // always in this order: the same bits each time
-          const int4 v = load_from_block(place, block);
-          sum = make_float4(sum.x + __int_as_float(v.x), sum.y + __int_as_float(v.y), sum.z + __int_as_float(v.z), sum.w + __int_as_float(v.w));
-        }
-      } else {
-        int4 v = load_from_block(place, 0);
-        for (int block = 1; block < splits; ++block) {
-          const int4 other = load_from_block(place, block);
-          v = make_int4(v.x + other.x, v.y + other.y, v.z + other.z, v.w + other.w);
-        }
-        sum = make_float4(__int2float_rn(v.x), __int2float_rn(v.y), __int2float_rn(v.z), __int2float_rn(v.w));
-      }
-      if (channel >= p.n) continue;
-      const float scale = shared.scale[token];
-      const float y[4] = {finish(sum.x, w_scale.x, scale, bias.x), finish(sum.y, w_scale.y, scale, bias.y),
-                          finish(sum.z, w_scale.z, scale, bias.z), finish(sum.w, w_scale.w, scale, bias.w)};
-      const size_t at = size_t(token0 + token) * p.n + channel;
-      if (p.dtype == FQ_FLOAT) {
-        *reinterpret_cast<float4*>(static_cast<float*>(p.y) + at) = make_float4(y[0], y[1], y[2], y[3]);
-      } else {
-        *reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.y) + at) =
-            make_uint2(pack_pair(y[0], y[1], p.dtype), pack_pair(y[2], y[3], p.dtype));
-      }
+  // What the epilogue will want is asked for now: a thread finishes four neighbouring channels of some tokens.
+  constexpr int kQuads = Kernel::kRows / 4;
+  const int channel = threadIdx.x % kQuads * 4;
+  const bool channel_exists = channel < rows && row0 + channel < p.n;
+  float4 w_scale = {1.f / 16, 1.f / 16, 1.f / 16, 1.f / 16}, bias = {};
+  if (channel_exists) {
+    if (!kGrouped) w_scale = __ldg(reinterpret_cast<const float4*>(p.w_scale + row0 + channel));
+    if (p.bias != nullptr) bias = __ldg(reinterpret_cast<const float4*>(p.bias + row0 + channel));
+  }
+  float token_scale = 0;
+  if (threadIdx.x < kTokens && token0 + threadIdx.x < p.m) token_scale = __ldg(p.scale + token0 + threadIdx.x);
+
+  const int lane = threadIdx.x % 32;
+  const int quad = lane % 4;
+  const int row = threadIdx.x / 128 * 64 * kTiles + threadIdx.x % 128 / 32 * 16 + lane / 4;
+  Cursor<kStages> cursor;
+  Sums<kTokens, kTiles, kGrouped> sums;
+  multiply<Stage, kTokens, kTiles, kBlocks, kStages, kGrouped>(
+      sums, cursor, shared.ring, shared.full, stages * kBlocks, row, quad,
+      [&](int stage) {
+        if (lane == 0) barrier_arrive(&shared.empty[stage]);
+      },
+      [&](int tile, int half, int step) {
+        return __ldg(p.w_scale + size_t(min(row0 + row + 64 * tile + 8 * half, p.n - 1)) * p.steps + min(first * kBlocks + step, p.steps - 1));
+      });
+
+  if (threadIdx.x < kTokens) shared.scale[threadIdx.x] = token_scale;
+  named_barrier(1, kConsumers);  // both warpgroups have read the ring for the last time
+  if (splits > 1) cluster_arrive_relaxed();
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) {
+      int32_t value = sums.whole[tile][i] >> 4;
+      if constexpr (kGrouped) value = __float_as_int(sums.scaled[tile][i]);
+      shared.sums.own[(i / 4 * 8 + quad * 2 + i % 2) * Kernel::kPitch + row + 64 * tile + i / 2 % 2 * 8] = value;
     }
+  // Every block of the cluster finishes some of the tokens: their sums go there.
+  const int share = kTokens / splits;
+  const uint32_t share_bytes = share * Kernel::kPitch * 4;
+  if (splits > 1) {
+    fence_async_shared();
+    named_barrier(1, kConsumers);
+    cluster_wait();  // the others have read their rings too
+    if (threadIdx.x == 0) {
+      barrier_expect(&shared.arrived, (splits - 1) * share_bytes);
+      for (int to = 0; to < splits; ++to)
+        if (to != split)
+          copy_to_block(shared.sums.others + (split < to ? split : split - 1) * share * Kernel::kPitch, shared.sums.own + to * share * Kernel::kPitch,
+                        share_bytes, &shared.arrived, to);
+    }
+    __syncwarp();
+    barrier_wait(&shared.arrived, 0);
+    cluster_arrive_relaxed();
+  } else {
+    named_barrier(1, kConsumers);
   }
-  if (splits > 1) {  // the others may still be reading this block's sums
-    cluster_arrive();
-    cluster_wait();
+
+  const int tokens = min(kTokens, p.m - token0);
+#pragma unroll 1
+  for (int i = threadIdx.x / kQuads; i < share; i += kConsumers / kQuads) {
+    const int token = split * share + i;
+    if (token >= tokens || !channel_exists) break;
+    float4 sum = {};
+    int4 whole = {};
+#pragma unroll 1
+    for (int block = 0; block < splits; ++block) {  // always in this order: the same bits each time, for fp32 too
+      const int32_t* place = block == split  ? shared.sums.own + token * Kernel::kPitch
+                             : block < split ? shared.sums.others + (block * share + i) * Kernel::kPitch
+                                             : shared.sums.others + ((block - 1) * share + i) * Kernel::kPitch;
+      const int4 v = *reinterpret_cast<const int4*>(place + channel);
+      if constexpr (kGrouped)
+        sum = make_float4(sum.x + __int_as_float(v.x), sum.y + __int_as_float(v.y), sum.z + __int_as_float(v.z), sum.w + __int_as_float(v.w));
+      else
+        whole = make_int4(whole.x + v.x, whole.y + v.y, whole.z + v.z, whole.w + v.w);
+    }
+    if constexpr (!kGrouped)
+      sum = make_float4(__int2float_rn(whole.x), __int2float_rn(whole.y), __int2float_rn(whole.z), __int2float_rn(whole.w));
+    const float scale = shared.scale[token];
+    const float y[4] = {finish(sum.x, w_scale.x, scale, bias.x), finish(sum.y, w_scale.y, scale, bias.y),
+                        finish(sum.z, w_scale.z, scale, bias.z), finish(sum.w, w_scale.w, scale, bias.w)};
+    const size_t at = size_t(token0 + token) * p.n + row0 + channel;
+    if (p.dtype == FQ_FLOAT)
+      *reinterpret_cast<float4*>(static_cast<float*>(p.y) + at) = make_float4(y[0], y[1], y[2], y[3]);
+    else
+      *reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.y) + at) = make_uint2(pack_pair(y[0], y[1], p.dtype), pack_pair(y[2], y[3], p.dtype));
   }
+  __syncwarp();
+  if (splits > 1) cluster_wait();  // this block's sums have arrived where they go
 #endif
 }
 
@@ -555,14 +657,16 @@ fq_status launch_kernel(Kernel* kernel, const Launch& launch, cudaStream_t strea
     return status;
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {launch.cluster.x, launch.cluster.y, launch.cluster.z};
+  attribute.val.clusterDim.x = launch.cluster.x;
+  attribute.val.clusterDim.y = launch.cluster.y;
+  attribute.val.clusterDim.z = launch.cluster.z;
   cudaLaunchConfig_t config = {};
   config.gridDim = launch.grid;
   config.blockDim = dim3(launch.threads);
   config.dynamicSmemBytes = launch.shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.numAttrs = launch.cluster.x * launch.cluster.y * launch.cluster.z > 1 ? 1 : 0;
   return check(cudaLaunchKernelEx(&config, kernel, arguments...), kName);
 }
 
@@ -595,19 +699,52 @@ fq_status launch_many(const fq_w4a4_gemm_params& p, const Device& device, cudaSt
   return launch_kernel(many_tokens<kTokens, kTiles, kStages, kGrouped>, launch, stream, w_map, q_map, y_map, problem_of(p));
 }
 
+// How few_tokens shares out the work: blocks of `rows` channels (a multiple of 16) and a `splits`-th of K.
+struct Shares {
+  int rows, splits;
+};
+
+Shares share_out(int64_t n, int64_t stages, int64_t token_tiles, int tokens, int most_rows, int multiprocessors) {
+  Shares best = {128, 1};
+  double least = 1e30;
+  for (int splits = 1; splits <= std::min<int64_t>(8, stages); splits *= 2) {
+    // Clusters of more than two lose the multiprocessors that do not make up one in their part of the chip.
+    const int64_t blocks = std::max<int64_t>(1, (splits > 2 ? multiprocessors * 9 / 10 : multiprocessors) / splits / token_tiles);
+    for (int64_t waves = 1; waves <= 64; ++waves) {
+      const int64_t rows = ((n + blocks * waves - 1) / (blocks * waves) + 15) / 16 * 16;
+      if (rows > most_rows) continue;
+      // Bytes a multiprocessor takes in: weights from memory, tokens from the second-level cache; adding up costs about half a microsecond.
+      const double bytes = (rows * 128. + tokens * 256. * 0.4) * double((stages + splits - 1) / splits) * waves;
+      const double cost = bytes + (splits > 1 ? 20e3 : 0) + 60e3 * (waves - 1);
+      if (cost < least) {
+        least = cost;
+        best = {int(rows), splits};
+      }
+      break;
+    }
+  }
+  return best;
+}
+
+template <int kTokens, int kTiles, bool kGrouped>
+fq_status launch_few_rows(const fq_w4a4_gemm_params& p, Shares shares, cudaStream_t stream) {
+  using Kernel = FewTokens<kTokens, kTiles>;
+  CUtensorMap w_map, q_map;
+  if (const fq_status status = make_tensor_map(&w_map, weights_of(p), shares.rows, Kernel::Stage::kWeightPitch, CU_TENSOR_MAP_SWIZZLE_NONE))
+    return status;
+  if (const fq_status status = make_tensor_map(&q_map, codes_of(p), kTokens, kBlockK, CU_TENSOR_MAP_SWIZZLE_128B)) return status;
+  const Launch launch = {dim3(unsigned((p.n + shares.rows - 1) / shares.rows), unsigned(shares.splits), unsigned((p.m + kTokens - 1) / kTokens)),
+                         dim3(1, unsigned(shares.splits), 1), kConsumers + 32, Kernel::kSharedBytes};
+  return launch_kernel(few_tokens<kTokens, kTiles, kGrouped>, launch, stream, w_map, q_map, problem_of(p), shares.rows);
+}
+
 template <int kTokens, bool kGrouped>
 fq_status launch_few(const fq_w4a4_gemm_params& p, const Device& device, cudaStream_t stream) {
-  using Kernel = FewTokens<kTokens>;
-  CUtensorMap w_map, q_map;
-  if (const fq_status status = make_tensor_map(&w_map, weights_of(p), kFewRows, kWeightRow, CU_TENSOR_MAP_SWIZZLE_NONE)) return status;
-  if (const fq_status status = make_tensor_map(&q_map, codes_of(p), kTokens, kBlockK, CU_TENSOR_MAP_SWIZZLE_128B)) return status;
-  const int64_t row_tiles = (p.n + kFewRows - 1) / kFewRows, token_tiles = (p.m + kTokens - 1) / kTokens, steps = p.k / kBlockK;
-  // Enough blocks to keep nearly every multiprocessor asking for weights; more than that costs more adding up than it gains.
-  int64_t splits = 1;
-  while (splits < 8 && row_tiles * token_tiles * splits * 10 < device.multiprocessors * 9 && steps >= 4 * splits) splits *= 2;
-  const Launch launch = {dim3(unsigned(row_tiles), unsigned(splits), unsigned(token_tiles)), dim3(1, unsigned(splits), 1), kConsumers + 32,
-                         Kernel::kSharedBytes};
-  return launch_kernel(few_tokens<kTokens, kGrouped>, launch, stream, w_map, q_map, problem_of(p));
+  constexpr bool kFitsTwo = !kGrouped || kTokens < 64;  // two tiles' integer and fp32 sums in registers
+  const Shares shares = share_out(p.n, (p.k + 2 * kBlockK - 1) / (2 * kBlockK), (p.m + kTokens - 1) / kTokens, kTokens, kFitsTwo ? 256 : 128,
+                                  device.multiprocessors);
+  if (kFitsTwo && shares.rows > 128) return launch_few_rows<kTokens, kFitsTwo ? 2 : 1, kGrouped>(p, shares, stream);
+  return launch_few_rows<kTokens, 1, kGrouped>(p, shares, stream);
 }
 
 template <bool kGrouped>
