@@ -1,0 +1,1104 @@
+// FlatQuantize for every GPU from compute capability 8.0 on, every pair of factors, type, container and prologue: t = L^T X R with mma.sync.
+//
+// A warp computes strips of 16 or 32 rows of t. Y = L^T X first: its accumulators, rounded to 16 bits, are in the very registers that the
+// second product Y R wants as its left operand (as in FlashAttention's P V), so that nothing but codes and scales leaves the warp. All of a
+// row's t stays in registers until its largest magnitude is known. A team of warps holds one row; teams of a block share the factors in
+// shared memory and know nothing of each other, so that one team's loads hide behind another's products.
+//
+// fp16 and bf16 are multiplied as they are. fp32 is split into two bf16 (16 bits of significand, the range of fp32) and multiplied three times.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "kernel.h"
+#include "mma.cuh"
+
+namespace fq {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kMaxTeams = 16;
+constexpr int kSlots = 2 * kWarp * sizeof(float);  // bytes of shared memory through which a team exchanges values
+constexpr int kVector = 8;                 // elements that are handled together where n2 allows
+constexpr int kSlice = 64;                 // lines of x that are in shared memory at once where the factors are not
+constexpr float kSmallestScale = 0x1p-126f;
+constexpr float kRound = 0x1.8p23f;        // v + kRound has round_half_even(v) in its low bits
+constexpr unsigned kFull = 0xffffffffu;
+
+// What every kernel of this file is told.
+struct Problem {
+  const void* x;
+  const void* left;
+  const void* right;
+  const float* clip_ptr;
+  unsigned char* q;
+  float* scale;
+  const void* second;  // residual or up
+  const void* gamma;
+  void* sum;
+  void* normed;
+  int64_t x_stride, second_stride, q_stride;  // q_stride in bytes
+  int rows, k, n1, n2, blocks;
+  PrologueKind kind;
+  bool factors_are_float, packed;
+  float clip, epsilon, qmax;
+};
+
+// How the transform's work is cut; see plan().
+struct Plan {
+  int strips;            // of a block of n1 x n2 columns, each a warp's
+  int team_warps, teams; // warps that share a row; rows a block of threads has at once
+  int blocks_per_round;  // blocks of the row that a team has at once
+  int rounds_per_block;  // above 1: a block has more strips than a team has warps
+  int rounds, passes;    // 1 pass: t stays in registers; 2: once for the row's maximum, once for its codes
+  int stages;            // of x in shared memory
+  int n1_padded, left_pitch;
+  uint32_t chunks_magic;  // to divide by the vectors (or elements) of n2
+  bool asynchronous, vector, whole_row;
+  int left_bytes, right_bytes, stage_bytes, codes_bytes;  // parts of shared memory; one plane of left and right, one stage of all planes
+};
+
+// ---- numbers ----
+
+template <typename X>
+constexpr int kPlanes = std::is_same<X, float>::value ? 2 : 1;
+
+template <typename X>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  if constexpr (std::is_same<X, __half>::value) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+}
+
+// Two values as operands of the tensor cores. The first bf16 of an fp32 is cut off, not rounded, so that the largest fp32 stays finite.
+template <typename X>
+__device__ __forceinline__ void split(float low, float high, uint32_t (&planes)[kPlanes<X>]) {
+  if constexpr (kPlanes<X> == 1) {
+    planes[0] = pack<X>(low, high);
+  } else {
+    planes[0] = __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);
+    planes[1] = pack<__nv_bfloat16>(low - __uint_as_float(planes[0] << 16), high - __uint_as_float(planes[0] & 0xffff0000u));
+  }
+}
+
+template <typename X>
+__device__ __forceinline__ float to_float(X value) {
+  if constexpr (std::is_same<X, __half>::value) {
+    return __half2float(value);
+  } else if constexpr (std::is_same<X, __nv_bfloat16>::value) {
+    return __bfloat162float(value);
+  } else {
+    return value;
+  }
+}
+
+template <typename X>
+__device__ __forceinline__ X from_float(float value) {
+  if constexpr (std::is_same<X, __half>::value) {
+    return __float2half_rn(value);
+  } else if constexpr (std::is_same<X, __nv_bfloat16>::value) {
+    return __float2bfloat16_rn(value);
+  } else {
+    return value;
+  }
+}
+
+template <typename X>
+__device__ __forceinline__ float rounded(float value) {
+  return to_float(from_float<X>(value));
+}
+
+template <typename X>
+__device__ __forceinline__ void unpack(const uint4& raw, float* values) {
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (std::is_same<X, __half>::value) {
+      const float2 pair = __half22float2(reinterpret_cast<const __half2&>(words[i]));
+      values[2 * i] = pair.x;
+      values[2 * i + 1] = pair.y;
+    } else if constexpr (std::is_same<X, __nv_bfloat16>::value) {
+      values[2 * i] = __uint_as_float(words[i] << 16);
+      values[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    } else {
+      values[i] = __uint_as_float(words[i]);
+    }
+  }
+}
+
+// kCount adjacent values, 1 or kVector; kVector of them begin at a multiple of 16 bytes.
+template <typename X, int kCount>
+__device__ __forceinline__ void load(const X* source, float (&values)[kCount]) {
+  if constexpr (kCount == 1) {
+    values[0] = to_float(*source);
+  } else {
+    const uint4* vectors = reinterpret_cast<const uint4*>(source);
+    unpack<X>(vectors[0], values);
+    if constexpr (std::is_same<X, float>::value) unpack<X>(vectors[1], values + 4);
+  }
+}
+
+template <typename X, int kCount>
+__device__ __forceinline__ void store(X* target, const float (&values)[kCount]) {
+  if constexpr (kCount == 1) {
+    *target = from_float<X>(values[0]);
+  } else if constexpr (std::is_same<X, float>::value) {
+    reinterpret_cast<float4*>(target)[0] = make_float4(values[0], values[1], values[2], values[3]);
+    reinterpret_cast<float4*>(target)[1] = make_float4(values[4], values[5], values[6], values[7]);
+  } else {
+    *reinterpret_cast<uint4*>(target) = make_uint4(pack<X>(values[0], values[1]), pack<X>(values[2], values[3]), pack<X>(values[4], values[5]),
+                                                   pack<X>(values[6], values[7]));
+  }
+}
+
+// The larger, NaN if one is.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+// Magnitudes as integers are ordered as numbers are, with NaN above infinity.
+__device__ __forceinline__ float warp_max(float magnitude) { return __uint_as_float(__reduce_max_sync(kFull, __float_as_uint(magnitude))); }
+
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kFull, value, distance);
+  return value;
+}
+
+__device__ __forceinline__ float clip_of(const Problem& p) { return p.clip_ptr != nullptr ? *p.clip_ptr : p.clip; }
+
+struct RowScale {
+  float scale, reciprocal;  // the reciprocal is 0 where all codes are
+};
+
+__device__ __forceinline__ RowScale row_scale(float largest, float clip, float qmax) {
+  const float step = __fdiv_rn(__fmul_rn(largest, clip), qmax);
+  if (!(step < INFINITY)) return {__uint_as_float(0x7fc00000u), 0.0f};
+  if (step < kSmallestScale) return {1.0f, 0.0f};
+  return {step, __frcp_rn(step)};
+}
+
+// v as a code in the low bits.
+__device__ __forceinline__ uint32_t code_bits(float v, float reciprocal, float qmax) {
+  return __float_as_uint(fminf(fmaxf(fmaf(v, reciprocal, kRound), kRound - qmax - 1.0f), kRound + qmax));
+}
+
+__device__ __forceinline__ uint32_t four_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
+
+// Eight codes of a byte each as eight nibbles.
+__device__ __forceinline__ uint32_t eight_nibbles(uint32_t low, uint32_t high) {
+  low &= 0x0f0f0f0fu;
+  high &= 0x0f0f0f0fu;
+  return __byte_perm(low | low >> 4, high | high >> 4, 0x6420);
+}
+
+// ---- prologues ----
+
+// Relative error below 2^-18.
+__device__ __forceinline__ float silu(float v) { return __fdividef(v, 1.0f + __expf(-v)); }
+
+// x of kCount columns from `column` on, the residual added.
+template <typename X, int kCount>
+__device__ __forceinline__ void load_input(const Problem& p, int row, int column, float (&values)[kCount]) {
+  load<X>(static_cast<const X*>(p.x) + row * p.x_stride + column, values);
+  if (p.kind == PrologueKind::kRmsNorm && p.second != nullptr) {
+    float residual[kCount];
+    load<X>(static_cast<const X*>(p.second) + row * p.second_stride + column, residual);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = rounded<X>(values[i] + residual[i]);
+  }
+}
+
+// What is transformed, h of kCount columns. `inverse_rms` was found by a pass over the row that wrote `sum`, which may be in the place of x
+// or residual: the sum is read back.
+template <typename X, int kCount>
+__device__ __forceinline__ void load_transformed(const Problem& p, int row, int column, float inverse_rms, bool write, float (&h)[kCount]) {
+  if (p.kind == PrologueKind::kRmsNorm) {
+    if (p.sum != nullptr) {
+      load<X>(static_cast<const X*>(p.sum) + static_cast<int64_t>(row) * p.k + column, h);
+    } else {
+      load_input<X>(p, row, column, h);
+    }
+    float gamma[kCount];
+    load<X>(static_cast<const X*>(p.gamma) + column, gamma);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) h[i] = rounded<X>(gamma[i] * (h[i] * inverse_rms));
+    if (write && p.normed != nullptr) store<X>(static_cast<X*>(p.normed) + static_cast<int64_t>(row) * p.k + column, h);
+    return;
+  }
+  load<X>(static_cast<const X*>(p.x) + row * p.x_stride + column, h);
+  if (p.kind == PrologueKind::kSiluMul) {
+    float up[kCount];
+    load<X>(static_cast<const X*>(p.second) + row * p.second_stride + column, up);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) h[i] = rounded<X>(silu(h[i]) * up[i]);
+  }
+}
+
+// This thread's part of the sum of squares, one of `threads`; writes `sum`.
+template <typename X, int kCount>
+__device__ __forceinline__ float sum_of_squares(const Problem& p, int row, int thread, int threads) {
+  float total = 0.0f;
+#pragma unroll 2
+  for (int column = thread * kCount; column < p.k; column += threads * kCount) {
+    float values[kCount];
+    load_input<X>(p, row, column, values);
+    if (p.sum != nullptr) store<X>(static_cast<X*>(p.sum) + static_cast<int64_t>(row) * p.k + column, values);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) total = fmaf(values[i], values[i], total);
+  }
+  return total;
+}
+
+// ---- teams of warps ----
+
+struct Team {
+  int index, warps, member;
+  float* slots;
+  int parity = 0;
+
+  __device__ __forceinline__ void sync() const {
+    if (warps == 1) {
+      __syncwarp();
+    } else {
+      asm volatile("bar.sync %0, %1;" ::"r"(index + 1), "r"(warps * kWarp) : "memory");
+    }
+  }
+
+  // A value of each warp, seen by all. Two sets of slots in turn: a set is written again only after a barrier that follows its reading.
+  __device__ __forceinline__ float exchange(float value) {
+    const int lane = threadIdx.x % kWarp;
+    if (warps == 1) {
+      __syncwarp();
+      return lane == 0 ? value : 0.0f;
+    }
+    parity ^= kWarp;
+    if (lane == 0) slots[parity + member] = value;
+    sync();
+    return lane < warps ? slots[parity + lane] : 0.0f;
+  }
+
+  __device__ __forceinline__ float max(float magnitude) { return warp_max(exchange(warp_max(magnitude))); }
+  __device__ __forceinline__ float sum(float value) { return warp_sum(exchange(warp_sum(value))); }
+};
+
+template <typename X>
+__device__ __forceinline__ float find_inverse_rms(const Problem& p, int row, bool vector, Team* team) {
+  const int thread = team->member * kWarp + threadIdx.x % kWarp, threads = team->warps * kWarp;
+  const float part = vector ? sum_of_squares<X, kVector>(p, row, thread, threads) : sum_of_squares<X, 1>(p, row, thread, threads);
+  const float mean = team->sum(part) / static_cast<float>(p.k);
+  return __fdiv_rn(1.0f, __fsqrt_rn(mean + p.epsilon));
+}
+
+// ---- tensor cores ----
+
+// As load_matrices, transposed: lane 4 g + t receives rows 2t and 2t + 1 of column g.
+__device__ __forceinline__ void load_transposed(uint32_t (&registers)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+               : "r"(address)
+               : "memory");
+}
+
+// fp16 or bf16, K = 16: a[0..3] are (row g, K 2t, 2t + 1), (g + 8, 2t ..), (g, 2t + 8 ..), (g + 8, 2t + 8 ..); b0 and b1 are column g, K 2t .. and 2t + 8 ...
+template <typename X>
+__device__ __forceinline__ void multiply_16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same<X, __half>::value) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+// Of planes: what the low parts of both operands give together is below the rounding of the low parts and left out.
+template <typename X, int kSize>
+__device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[kPlanes<X>][4], const uint32_t (&b)[kPlanes<X>][kSize], int first, int second) {
+  if constexpr (kPlanes<X> == 2) {
+    multiply_16<X>(sum, a[1], b[0][first], b[0][second]);
+    multiply_16<X>(sum, a[0], b[1][first], b[1][second]);
+  }
+  multiply_16<X>(sum, a[0], b[0][first], b[0][second]);
+}
+
+// ---- factors ----
+
+// Tiles of 8 columns in a group of the right factor's. A group is dealt out such that the two columns of each tile that a thread has in the
+// accumulators make one run of 16 adjacent codes: tile j, place c is column 8 c + j.
+constexpr int kGroup = 8;
+constexpr int kGroupColumns = 8 * kGroup;
+
+// Column of shared memory in which the right factor's `column` is kept.
+__device__ __forceinline__ int permuted(int column) {
+  const int inside = column % kGroupColumns;
+  return column - inside + inside % kGroup * 8 + inside / kGroup;
+}
+
+// kVector entries of a factor of n x n, zeros outside it.
+template <typename X>
+__device__ __forceinline__ void load_factor(const Problem& p, const void* factor, int n, bool vector, int row, int column, float (&values)[kVector]) {
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) values[i] = 0.0f;
+  if (row >= n) return;
+  const auto load_as = [&](auto* entries) {
+    entries += row * n + column;
+    if (vector) {
+      if (column < n) load(entries, values);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i)
+        if (column + i < n) values[i] = to_float(entries[i]);
+    }
+  };
+  if (std::is_same<X, float>::value || p.factors_are_float) {
+    load_as(static_cast<const float*>(factor));
+  } else {
+    load_as(static_cast<const X*>(factor));
+  }
+}
+
+// kVector values as operands.
+template <typename X>
+__device__ __forceinline__ void split(const float (&values)[kVector], uint32_t (&words)[kPlanes<X>][kVector / 2]) {
+#pragma unroll
+  for (int i = 0; i < kVector / 2; ++i) {
+    uint32_t pair[kPlanes<X>];
+    split<X>(values[2 * i], values[2 * i + 1], pair);
+#pragma unroll
+    for (int part = 0; part < kPlanes<X>; ++part) words[part][i] = pair[part];
+  }
+}
+
+__device__ __forceinline__ void store_16(unsigned char* target, const uint32_t (&words)[4]) {
+  *reinterpret_cast<uint4*>(target) = make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+__device__ __forceinline__ bool is_vector(const void* factor, int n) { return n % kVector == 0 && reinterpret_cast<uintptr_t>(factor) % 16 == 0; }
+
+// Puts both factors into shared memory as operands of X's kind, zeros around them: the left one as it is, the right one's columns permuted.
+// Entries are rounded to fp16 for fp16 x: they are meant to be of moderate size.
+template <typename X>
+__device__ __forceinline__ void stage_factors(const Problem& p, const Plan& plan, int left_columns, int size, int pitch, unsigned char* left,
+                                              unsigned char* right) {
+#pragma unroll 1
+  for (int which = 0; which < 2; ++which) {
+    const bool is_left = which == 0;
+    const void* factor = is_left ? p.left : p.right;
+    const int n = is_left ? p.n1 : p.n2, rows = is_left ? plan.n1_padded : size, chunks = (is_left ? left_columns : size) / kVector;
+    const int line = is_left ? plan.left_pitch : pitch, plane = is_left ? plan.left_bytes : plan.right_bytes;
+    const bool vector = is_vector(factor, n);
+#pragma unroll 4
+    for (int unit = threadIdx.x; unit < rows * chunks; unit += blockDim.x) {
+      const int row = unit / chunks, column = unit % chunks * kVector;
+      float values[kVector];
+      load_factor<X>(p, factor, n, vector, row, column, values);
+      uint32_t words[kPlanes<X>][kVector / 2];
+      split<X>(values, words);
+#pragma unroll
+      for (int part = 0; part < kPlanes<X>; ++part) {
+        unsigned char* target = (is_left ? left : right) + part * plane + row * line;
+        if (is_left) {
+          store_16(target + 2 * column, words[part]);
+        } else {
+#pragma unroll
+          for (int i = 0; i < kVector; ++i)
+            *reinterpret_cast<uint16_t*>(target + 2 * permuted(column + i)) = static_cast<uint16_t>(words[part][i / 2] >> (16 * (i % 2)));
+        }
+      }
+    }
+  }
+}
+
+// ---- rows of x ----
+
+__device__ __forceinline__ int divide(int number, uint32_t magic) { return static_cast<int>(__umulhi(static_cast<uint32_t>(number), magic)); }
+
+// Where a line of the round's blocks is in the stage: each block begins at a multiple of 16 lines.
+__device__ __forceinline__ int place(const Problem& p, const Plan& plan, int line) {
+  return plan.n1_padded == p.n1 || plan.blocks_per_round == 1 ? line : line + line / p.n1 * (plan.n1_padded - p.n1);
+}
+
+// Fills a stage with `lines` lines of the row's blocks x n1, from `first_line` on, asynchronously: one commit.
+template <int kPitch>
+__device__ __forceinline__ void copy_rows(const Problem& p, const Plan& plan, const Team& team, int row, int first_line, int lines, uint32_t stage) {
+  const int chunks = p.n2 / kVector, units = lines * chunks, threads = team.warps * kWarp;
+  const uint16_t* source = static_cast<const uint16_t*>(p.x) + row * p.x_stride + first_line * p.n2;
+#pragma unroll 4
+  for (int unit = team.member * kWarp + threadIdx.x % kWarp; unit < units; unit += threads) {
+    const int line = divide(unit, plan.chunks_magic);
+    copy_16(stage + place(p, plan, line) * kPitch + (unit - line * chunks) * 16, source + unit * kVector, true);
+  }
+  commit_copies();
+}
+
+// Fills a stage through registers, for prologues, fp32 and odd sizes: `lines` lines of the row's count x n1, from `first_line` on.
+template <typename X, int kCount>
+__device__ __forceinline__ void fill_rows(const Problem& p, const Plan& plan, const Team& team, int row, int first_line, int lines, int pitch,
+                                          float inverse_rms, bool write, unsigned char* stage) {
+  constexpr int kBatch = kCount == 1 ? 1 : std::is_same<X, float>::value ? 2 : 4;
+  const int units = lines * p.n2 / kCount, threads = team.warps * kWarp, plane = plan.stage_bytes / kPlanes<X>;
+#pragma unroll 1
+  for (int begin = team.member * kWarp + threadIdx.x % kWarp; begin < units; begin += kBatch * threads) {
+    float h[kBatch][kCount];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int unit = begin + i * threads;
+      if (unit < units) load_transformed<X>(p, row, first_line * p.n2 + unit * kCount, inverse_rms, write, h[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int unit = begin + i * threads;
+      if (unit >= units) break;
+      const int line = divide(unit, plan.chunks_magic), column = (unit - line * (p.n2 / kCount)) * kCount;
+      unsigned char* target = stage + place(p, plan, line) * pitch + 2 * column;
+      if constexpr (kCount == 1) {
+        uint32_t words[kPlanes<X>];
+        split<X>(h[i][0], 0.0f, words);
+#pragma unroll
+        for (int part = 0; part < kPlanes<X>; ++part) *reinterpret_cast<uint16_t*>(target + part * plane) = static_cast<uint16_t>(words[part]);
+      } else {
+        uint32_t words[kPlanes<X>][kVector / 2];
+        split<X>(h[i], words);
+#pragma unroll
+        for (int part = 0; part < kPlanes<X>; ++part) store_16(target + part * plane, words[part]);
+      }
+    }
+  }
+}
+
+template <typename X>
+__device__ __forceinline__ void fill(const Problem& p, const Plan& plan, const Team& team, int row, int first_line, int lines, int pitch, float inverse_rms,
+                                     bool write, unsigned char* stage) {
+  if (plan.vector) {
+    fill_rows<X, kVector>(p, plan, team, row, first_line, lines, pitch, inverse_rms, write, stage);
+  } else {
+    fill_rows<X, 1>(p, plan, team, row, first_line, lines, pitch, inverse_rms, write, stage);
+  }
+}
+
+// ---- factors straight from global memory, where shared memory does not hold them ----
+
+// Operand a of rows `first_row`.. of L^T, K from `k` on.
+template <typename X>
+__device__ __forceinline__ void fetch_left(const Problem& p, int first_row, int k, uint32_t (&a)[kPlanes<X>][4]) {
+  const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+  const auto entry = [&](int row, int column) {
+    if (row >= p.n1 || column >= p.n1) return 0.0f;
+    const int at = row * p.n1 + column;
+    return std::is_same<X, float>::value || p.factors_are_float ? static_cast<const float*>(p.left)[at] : to_float(static_cast<const X*>(p.left)[at]);
+  };
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int m = first_row + g + i % 2 * 8, at = k + 2 * t + i / 2 * 8;
+    uint32_t words[kPlanes<X>];
+    split<X>(entry(at, m), entry(at + 1, m), words);
+#pragma unroll
+    for (int part = 0; part < kPlanes<X>; ++part) a[part][i] = words[part];
+  }
+}
+
+// Operands b of a group of tiles, K from `k` on: of four lines of 8 adjacent columns, place g of tile j is column 8 g + j.
+template <typename X>
+__device__ __forceinline__ void fetch_right(const Problem& p, bool vector, int k, int first_column, uint32_t (&b)[kGroup][kPlanes<X>][2]) {
+  const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+  uint32_t lines[4][kPlanes<X>][kVector / 2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float values[kVector];
+    load_factor<X>(p, p.right, p.n2, vector, k + 2 * t + i % 2 + i / 2 * 8, first_column + kVector * g, values);
+    split<X>(values, lines[i]);
+  }
+#pragma unroll
+  for (int j = 0; j < kGroup; ++j)
+#pragma unroll
+    for (int part = 0; part < kPlanes<X>; ++part)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) b[j][part][i] = __byte_perm(lines[2 * i][part][j / 2], lines[2 * i + 1][part][j / 2], j % 2 == 0 ? 0x5410 : 0x7632);
+}
+
+// ---- the transform ----
+
+// A strip's place in its row.
+struct Strip {
+  int block, first_row;
+  bool active;
+};
+
+// Codes of one strip and one group of columns of a thread: half 0 is row g of the tile, half 1 row g + 8.
+__device__ __forceinline__ void store_codes(const Problem& p, const float (&t)[kGroup][4], int half, float reciprocal, int row, int index, int column,
+                                            unsigned char* codes) {
+  constexpr int kRun = 2 * kGroup;
+  uint32_t words[kRun / 4];
+#pragma unroll
+  for (int i = 0; i < kRun / 4; ++i) {
+    uint32_t bits[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) bits[j] = code_bits(t[(4 * i + j) % kGroup][2 * half + (4 * i + j) / kGroup], reciprocal, p.qmax);
+    words[i] = four_bytes(bits[0], bits[1], bits[2], bits[3]);
+  }
+  if (codes != nullptr) {  // odd sizes: bytes, put together later
+#pragma unroll
+    for (int i = 0; i < kRun; ++i)
+      if (column + i < p.n2) codes[index + i] = static_cast<unsigned char>(words[i / 4] >> (8 * (i % 4)));
+    return;
+  }
+  unsigned char* target = p.q + row * p.q_stride + (p.packed ? index / 2 : index);
+  if (p.n2 % 16 == 0) {
+    if (column >= p.n2) return;
+    if (p.packed) {
+      *reinterpret_cast<uint2*>(target) = make_uint2(eight_nibbles(words[0], words[1]), eight_nibbles(words[2], words[3]));
+    } else {
+      store_16(target, words);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kRun / 8; ++i) {
+    if (column + 8 * i >= p.n2) return;
+    if (p.packed) {
+      reinterpret_cast<uint32_t*>(target)[i] = eight_nibbles(words[2 * i], words[2 * i + 1]);
+    } else {
+      reinterpret_cast<uint2*>(target)[i] = make_uint2(words[2 * i], words[2 * i + 1]);
+    }
+  }
+}
+
+// Codes that a team put together in shared memory to the row, from code `first` on; first is even where codes are packed.
+__device__ __forceinline__ void copy_codes(const Problem& p, const Team& team, int row, int first, int count, const unsigned char* codes) {
+  const int thread = team.member * kWarp + threadIdx.x % kWarp, threads = team.warps * kWarp;
+  unsigned char* target = p.q + row * p.q_stride + (p.packed ? first / 2 : first);
+  if (p.packed) {
+    for (int i = thread; i < count / 2; i += threads) target[i] = static_cast<unsigned char>((codes[2 * i] & 15) | codes[2 * i + 1] << 4);
+  } else {
+    for (int i = thread; i < count; i += threads) target[i] = codes[i];
+  }
+}
+
+// kTilesN: tiles of 8 that hold n2 columns; kTilesM: tiles of 16 rows in a strip; kParts: parts in which t's columns are computed, above 1
+// where registers do not hold them all; kDirect: the factors are read from global memory where they are needed, and x a slice of n1 at a time.
+template <typename X, int kTilesN, int kTilesM, int kParts, int kWarps, bool kDirect>
+__global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __grid_constant__ Problem p, const __grid_constant__ Plan plan) {
+  constexpr int kPitch = kTilesN * 16 + 16;  // an odd number of 16 bytes: the 8 rows of a matrix are in different banks
+  constexpr int kPart = kTilesN / kParts;
+  constexpr int kStripRows = 16 * kTilesM;
+  static_assert(kPart % kGroup == 0, "a group of tiles is computed together");
+  extern __shared__ __align__(16) unsigned char memory[];
+
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  unsigned char* left = memory + kMaxTeams * kSlots;
+  unsigned char* right = left + kPlanes<X> * plan.left_bytes;
+  unsigned char* stages = right + kPlanes<X> * plan.right_bytes;
+
+  Team team = {warp / plan.team_warps, plan.team_warps, warp % plan.team_warps, reinterpret_cast<float*>(memory + warp / plan.team_warps * kSlots)};
+  const bool idle = team.index >= plan.teams;  // helps with the factors only
+  unsigned char* stage = stages + team.index * plan.stages * plan.stage_bytes;
+  unsigned char* codes =
+      plan.codes_bytes > 0 ? stages + plan.teams * plan.stages * plan.stage_bytes + team.index * plan.codes_bytes : nullptr;
+  const uint32_t stages_from = to_shared(stage);
+  const int row_step = gridDim.x * plan.teams, first_row = blockIdx.x * plan.teams + team.index;
+
+  // A round of a pass over a row.
+  struct Item {
+    int row, pass, round;
+  };
+  const auto advance = [&](Item& item) {
+    if (++item.round < plan.rounds) return;
+    item.round = 0;
+    if (++item.pass < plan.passes) return;
+    item.pass = 0;
+    item.row += row_step;
+  };
+  const auto first_block = [&](int round) { return plan.rounds_per_block > 1 ? round / plan.rounds_per_block : round * plan.blocks_per_round; };
+  const auto block_count = [&](int round) { return min(plan.blocks_per_round, p.blocks - first_block(round)); };
+  const auto copy = [&](const Item& item, int place) {
+    if (item.row < p.rows) {
+      copy_rows<kPitch>(p, plan, team, item.row, first_block(item.round) * p.n1, block_count(item.round) * p.n1, stages_from + place * plan.stage_bytes);
+    } else {
+      commit_copies();
+    }
+  };
+  // The item that is `distance` after `item`, which is in stage `used`.
+  const auto copy_ahead = [&](Item item, int used, int distance) {
+    for (int i = 0; i < distance; ++i) advance(item);
+    used += distance;
+    copy(item, used < plan.stages ? used : used - plan.stages);
+  };
+
+  // Padding is written once: rows below n1 and columns beside n2 stay zero.
+  if (plan.n1_padded != p.n1 || kTilesN * 8 != p.n2) {
+    uint4* words = reinterpret_cast<uint4*>(stages);
+    for (int i = threadIdx.x; i < plan.teams * plan.stages * plan.stage_bytes / 16; i += blockDim.x) words[i] = make_uint4(0, 0, 0, 0);
+    __syncthreads();
+  }
+  if constexpr (!kDirect) {
+    if (plan.asynchronous && !idle)
+      for (int i = 0; i < max(plan.stages - 1, 1); ++i) copy_ahead({first_row, 0, 0}, 0, i);
+    stage_factors<X>(p, plan, plan.strips * kStripRows, kTilesN * 8, kPitch, left, right);
+    __syncthreads();
+  }
+  if (idle) return;
+
+  float inverse_rms = 0.0f, largest = 0.0f;
+  RowScale scale = {};
+  int used = 0;  // stage that is computed from
+
+#pragma unroll 1
+  for (Item item = {first_row, 0, 0}; item.row < p.rows; advance(item)) {
+    const int block0 = first_block(item.round);
+    if (p.kind == PrologueKind::kRmsNorm && item.pass == 0 && item.round == 0) inverse_rms = find_inverse_rms<X>(p, item.row, plan.vector, &team);
+    if constexpr (!kDirect) {
+      if (plan.asynchronous) {
+        if (plan.stages == 3) {
+          wait_for_copies<1>();
+        } else {
+          wait_for_copies<0>();
+        }
+        team.sync();
+        if (plan.stages > 1) copy_ahead(item, used, plan.stages - 1);
+      } else {
+        team.sync();  // all are done with what the stage held
+        fill<X>(p, plan, team, item.row, block0 * p.n1, block_count(item.round) * p.n1, kPitch, inverse_rms, item.pass == 0, stage);
+        team.sync();
+      }
+    }
+
+    Strip strip;
+    if (plan.rounds_per_block > 1) {
+      const int index = item.round % plan.rounds_per_block * plan.team_warps + team.member;
+      strip = {block0, index * kStripRows, index < plan.strips};
+    } else {
+      strip = {block0 + team.member / plan.strips, team.member % plan.strips * kStripRows, false};
+      strip.active = strip.block < block0 + plan.blocks_per_round && strip.block < p.blocks;
+    }
+
+    // Y = L^T X, as operands of the second product.
+    uint32_t y[kTilesM][kTilesN / 2][kPlanes<X>][4];
+    float y_unit = 1.0f;
+    {
+      float sums[kTilesM][kTilesN][4] = {};
+      const int plane = plan.stage_bytes / kPlanes<X>;
+      const uint32_t a_from = to_shared(left) + (lane % 8 + lane / 16 * 8) * plan.left_pitch + (strip.first_row + lane / 8 % 2 * 8) * 2;
+      const uint32_t b_from = stages_from + used * plan.stage_bytes + (strip.block - block0) * plan.n1_padded * kPitch + lane % 16 * kPitch + lane / 16 * 16;
+      int slice = 0;  // first line that the stage holds
+#pragma unroll 1
+      for (int k = 0; k < plan.n1_padded; k += 16) {
+        if constexpr (kDirect) {
+          if (k % kSlice == 0) {
+            slice = k;
+            team.sync();
+            const int lines = min(p.n1 - k, kSlice);
+            fill<X>(p, plan, team, item.row, block0 * p.n1 + k, lines, kPitch, inverse_rms, item.pass == 0, stage);
+            if (lines < kSlice && p.n1 > kSlice) {  // what is left of the slice before
+              const int words = (plan.n1_padded - p.n1) * kPitch / 16;
+#pragma unroll
+              for (int part = 0; part < kPlanes<X>; ++part)
+                for (int i = team.member * kWarp + lane; i < words; i += team.warps * kWarp)
+                  reinterpret_cast<uint4*>(stage + part * plane + lines * kPitch)[i] = make_uint4(0, 0, 0, 0);
+            }
+            team.sync();
+          }
+        }
+        if (!strip.active) continue;
+        uint32_t a[kTilesM][kPlanes<X>][4];
+#pragma unroll
+        for (int i = 0; i < kTilesM; ++i) {
+          if constexpr (kDirect) {
+            fetch_left<X>(p, strip.first_row + 16 * i, k, a[i]);
+          } else {
+#pragma unroll
+            for (int part = 0; part < kPlanes<X>; ++part) load_transposed(a[i][part], a_from + part * plan.left_bytes + k * plan.left_pitch + i * 32);
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kTilesN; j += 2) {
+          uint32_t b[kPlanes<X>][4];
+#pragma unroll
+          for (int part = 0; part < kPlanes<X>; ++part) load_transposed(b[part], b_from + part * plane + (k - slice) * kPitch + j * 16);
+#pragma unroll
+          for (int i = 0; i < kTilesM; ++i) {
+            multiply<X>(sums[i][j], a[i], b, 0, 1);
+            multiply<X>(sums[i][j + 1], a[i], b, 2, 3);
+          }
+        }
+      }
+      // fp16 holds Y scaled by the power of two that takes the strip's largest magnitude to 2^14 .. 2^15: it cannot overflow, whatever x and the
+      // factors are, and loses nothing but the rounding to 11 bits (values 2^-29 times the largest and below vanish). Undone below, exactly.
+      float y_scale = 1.0f;
+      if constexpr (std::is_same<X, __half>::value) {
+        float magnitude = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kTilesM * kTilesN * 4; ++i) magnitude = max_or_nan(magnitude, fabsf((&sums[0][0][0])[i]));
+        const int exponent = min(max(static_cast<int>(__float_as_uint(warp_max(magnitude)) >> 23), 127 - 100), 127 + 100);
+        y_scale = __uint_as_float(static_cast<uint32_t>(127 + 127 + 14 - exponent) << 23);
+        y_unit = __uint_as_float(static_cast<uint32_t>(exponent - 14) << 23);
+      }
+#pragma unroll
+      for (int i = 0; i < kTilesM; ++i)
+#pragma unroll
+        for (int j = 0; j < kTilesN / 2; ++j)
+#pragma unroll
+          for (int word = 0; word < 4; ++word) {
+            const float(&pair)[4] = sums[i][2 * j + word / 2];
+            uint32_t words[kPlanes<X>];
+            split<X>(pair[word % 2 * 2] * y_scale, pair[word % 2 * 2 + 1] * y_scale, words);
+#pragma unroll
+            for (int part = 0; part < kPlanes<X>; ++part) y[i][j][part][word] = words[part];
+          }
+    }
+    if constexpr (!kDirect) {
+      if (plan.asynchronous && plan.stages == 1) {
+        team.sync();
+        copy_ahead(item, 0, 1);
+      }
+    }
+
+    if (++used >= plan.stages) used = 0;
+
+    const bool last_round = item.round == plan.rounds - 1;
+#pragma unroll 1
+    for (int part_index = 0; part_index < kParts; ++part_index) {
+      // t = Y R
+      float t[kTilesM][kPart][4] = {};
+      if (strip.active) {
+        const uint32_t b_from = to_shared(right) + lane % 16 * kPitch + lane / 16 * 16 + part_index * kPart * 16;
+#pragma unroll
+        for (int step = 0; step < kTilesN / 2; ++step) {
+          if constexpr (kDirect) {
+            if (step * 16 >= p.n2) break;
+            const bool vector = is_vector(p.right, p.n2);
+#pragma unroll
+            for (int group = 0; group < kPart / kGroup; ++group) {
+              const int column = (part_index * kPart / kGroup + group) * kGroupColumns;
+              if (column >= p.n2) break;
+              uint32_t b[kGroup][kPlanes<X>][2];
+              fetch_right<X>(p, vector, 16 * step, column, b);
+#pragma unroll
+              for (int j = 0; j < kGroup; ++j)
+#pragma unroll
+                for (int i = 0; i < kTilesM; ++i) multiply<X>(t[i][group * kGroup + j], y[i][step], b[j], 0, 1);
+            }
+          } else {
+#pragma unroll
+            for (int j = 0; j < kPart; j += 2) {
+              uint32_t b[kPlanes<X>][4];
+#pragma unroll
+              for (int part = 0; part < kPlanes<X>; ++part) load_transposed(b[part], b_from + part * plan.right_bytes + step * 16 * kPitch + j * 16);
+#pragma unroll
+              for (int i = 0; i < kTilesM; ++i) {
+                multiply<X>(t[i][j], y[i][step], b, 0, 1);
+                multiply<X>(t[i][j + 1], y[i][step], b, 2, 3);
+              }
+            }
+          }
+        }
+      }
+
+      if (item.pass == 0) {
+        float magnitude = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kTilesM * kPart * 4; ++i) magnitude = max_or_nan(magnitude, fabsf((&t[0][0][0])[i]));
+        largest = max_or_nan(largest, magnitude * y_unit);
+        if (last_round && part_index == kParts - 1) {
+          scale = row_scale(team.max(largest), clip_of(p), p.qmax);
+          largest = 0.0f;
+          if (team.member == 0 && lane == 0) p.scale[item.row] = scale.scale;
+        }
+      }
+      if (item.pass == plan.passes - 1 && strip.active) {
+        const float reciprocal = scale.reciprocal * y_unit;
+        const int base = (strip.block - (codes != nullptr && !plan.whole_row ? block0 : 0)) * p.n1 * p.n2;
+#pragma unroll
+        for (int i = 0; i < kTilesM; ++i)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int m = strip.first_row + 16 * i + lane / 4 + 8 * half;
+            if (m >= p.n1) continue;
+#pragma unroll
+            for (int group = 0; group < kPart / kGroup; ++group) {
+              const int column = (part_index * kPart + group * kGroup) * 8 + lane % 4 * 2 * kGroup;
+              store_codes(p, reinterpret_cast<const float(&)[kGroup][4]>(t[i][group * kGroup]), half, reciprocal, item.row, base + m * p.n2 + column, column,
+                          codes);
+            }
+          }
+      }
+    }
+
+    if (codes != nullptr && item.pass == plan.passes - 1 && (last_round || !plan.whole_row)) {
+      team.sync();
+      if (plan.whole_row) {
+        copy_codes(p, team, item.row, 0, p.k, codes);
+      } else {
+        const int begin = plan.rounds_per_block > 1 ? item.round % plan.rounds_per_block * plan.team_warps * kStripRows * p.n2 : 0;
+        const int end = plan.rounds_per_block > 1 ? min(begin + plan.team_warps * kStripRows * p.n2, p.n1 * p.n2) : block_count(item.round) * p.n1 * p.n2;
+        copy_codes(p, team, item.row, block0 * p.n1 * p.n2 + begin, end - begin, codes + begin);
+      }
+      team.sync();
+    }
+  }
+}
+
+// ---- no transform ----
+
+constexpr int kPlainElements = 32;  // of a thread, kept in registers
+constexpr int kPlainThreads = 256, kPlainMaxThreads = 512;
+
+// v / scale rounded as a division rounds, then to the nearest even: what is left of v after the product with the reciprocal corrects it.
+__device__ __forceinline__ uint32_t exact_code(float v, RowScale scale, float qmax) {
+  const float estimate = v * scale.reciprocal;
+  const float quotient = fmaf(fmaf(-estimate, scale.scale, v), scale.reciprocal, estimate);
+  return __float_as_uint(fminf(fmaxf(quotient + kRound, kRound - qmax - 1.0f), kRound + qmax));
+}
+
+// Factors of 1 x 1, if there are any.
+template <typename X>
+__device__ __forceinline__ float2 plain_factors(const Problem& p) {
+  if (p.left == nullptr) return {1.0f, 1.0f};
+  if (p.factors_are_float) return {*static_cast<const float*>(p.left), *static_cast<const float*>(p.right)};
+  return {to_float(*static_cast<const X*>(p.left)), to_float(*static_cast<const X*>(p.right))};
+}
+
+// Codes of kCount columns of a thread; the whole warp comes here, also where `inside` is false.
+template <int kCount>
+__device__ __forceinline__ void store_plain(const Problem& p, int row, int column, bool inside, const float (&h)[kCount], RowScale scale) {
+  unsigned char* target = p.q + row * p.q_stride + (p.packed ? column / 2 : column);
+  uint32_t bits[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) bits[i] = exact_code(h[i], scale, p.qmax);
+  if constexpr (kCount == 1) {
+    if (p.packed) {  // the code of an odd column is with the next lane
+      const uint32_t neighbour = __shfl_down_sync(kFull, bits[0], 1);
+      if (inside && column % 2 == 0) *target = static_cast<unsigned char>((bits[0] & 15) | neighbour << 4);
+    } else if (inside) {
+      *target = static_cast<unsigned char>(bits[0]);
+    }
+  } else if (inside) {
+    const uint32_t words[2] = {four_bytes(bits[0], bits[1], bits[2], bits[3]), four_bytes(bits[4], bits[5], bits[6], bits[7])};
+    if (p.packed) {
+      *reinterpret_cast<uint32_t*>(target) = eight_nibbles(words[0], words[1]);
+    } else {
+      *reinterpret_cast<uint2*>(target) = make_uint2(words[0], words[1]);
+    }
+  }
+}
+
+// A team of warps a row, kCount adjacent columns a thread: kVector, or 1 where k is no multiple of it. kKept of them stay in registers; rows
+// that are longer than these are read twice.
+template <typename X, int kCount>
+__global__ void __launch_bounds__(kPlainMaxThreads, 2) plain_quantize(const __grid_constant__ Problem p, int team_warps) {
+  constexpr int kKept = kCount == 1 ? kPlainElements / 2 : kPlainElements / kCount;
+  __shared__ __align__(16) unsigned char slots[kPlainThreads / kWarp * kSlots];
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  Team team = {warp / team_warps, team_warps, warp % team_warps, reinterpret_cast<float*>(slots + warp / team_warps * kSlots)};
+  const int row = blockIdx.x * (blockDim.x / kWarp / team_warps) + team.index;
+  if (row >= p.rows) return;
+  const int step = team_warps * kWarp * kCount, first = (team.member * kWarp + lane) * kCount;
+  float inverse_rms = 0.0f, largest = 0.0f;
+  if (p.kind == PrologueKind::kRmsNorm) inverse_rms = find_inverse_rms<X>(p, row, kCount == kVector, &team);
+  const float2 factors = plain_factors<X>(p);
+
+  // In the reference's order of products.
+  const auto read = [&](int column, bool write, float(&h)[kCount]) {
+    load_transformed<X>(p, row, column, inverse_rms, write, h);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) h[i] = __fmul_rn(factors.x, __fmul_rn(h[i], factors.y));
+  };
+  const auto measure = [&](const float(&h)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) largest = max_or_nan(largest, fabsf(h[i]));
+  };
+  float h[kKept][kCount];
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) h[i][j] = 0.0f;
+    if (first + i * step < p.k) read(first + i * step, true, h[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) measure(h[i]);
+#pragma unroll 1
+  for (int column = first + kKept * step; column < p.k; column += step) {
+    float more[kCount];
+    read(column, true, more);
+    measure(more);
+  }
+  const RowScale scale = row_scale(team.max(largest), clip_of(p), p.qmax);
+  if (team.member == 0 && lane == 0) p.scale[row] = scale.scale;
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) {
+    if (i * step >= p.k) break;
+    store_plain(p, row, first + i * step, first + i * step < p.k, h[i], scale);
+  }
+#pragma unroll 1
+  for (int start = kKept * step; start < p.k; start += step) {
+    const int column = start + first;
+    float more[kCount] = {};
+    if (column < p.k) read(column, false, more);
+    store_plain(p, row, column, column < p.k, more, scale);
+  }
+}
+
+// ---- host ----
+
+// A compiled form of transform_quantize.
+struct Form {
+  int tiles_n, tiles_m, parts, warps;
+  bool direct;
+  void (*kernel)(Problem, Plan);
+};
+
+template <typename X, int kTilesN, int kTilesM, int kParts, int kWarps, bool kDirect>
+constexpr Form form() {
+  return {kTilesN, kTilesM, kParts, kWarps, kDirect, transform_quantize<X, kTilesN, kTilesM, kParts, kWarps, kDirect>};
+}
+
+// In the order of choice: the first that holds n2 columns and fits shared memory. The last takes everything.
+const Form kHalfForms[] = {form<__half, 8, 2, 1, 12, false>(), form<__half, 16, 2, 1, 8, false>(), form<__half, 32, 1, 4, 8, true>()};
+const Form kBfloatForms[] = {form<__nv_bfloat16, 8, 2, 1, 12, false>(), form<__nv_bfloat16, 16, 2, 1, 8, false>(), form<__nv_bfloat16, 32, 1, 4, 8, true>()};
+const Form kFloatForms[] = {form<float, 16, 1, 1, 8, false>(), form<float, 32, 1, 4, 8, true>()};
+
+int divided(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+bool is_plain(const fq_flat_quantize_params& params) { return params.n1 == 1 && params.n2 == 1; }
+
+// How the form would do the problem, if shared memory allows.
+bool plan_form(const Form& form, const fq_flat_quantize_params& params, const Prologue& prologue, const Device& device, Plan* plan, int* shared) {
+  const int planes = params.dtype == FQ_FLOAT ? 2 : 1, block = params.n1 * params.n2, blocks = static_cast<int>(params.k / block);
+  if (form.tiles_n * 8 < params.n2) return false;
+  plan->strips = divided(params.n1, 16 * form.tiles_m);
+  plan->rounds_per_block = divided(plan->strips, form.warps);
+  plan->blocks_per_round = form.direct ? 1 : std::min(std::max(form.warps / plan->strips, 1), blocks);
+  const bool odd = block % 2 == 1 && params.container != FQ_INT8;  // a byte may hold codes of two blocks
+  if (odd && plan->blocks_per_round > 1 && plan->blocks_per_round < blocks) plan->blocks_per_round &= ~1;
+  plan->team_warps = std::min(plan->blocks_per_round * plan->strips, form.warps);
+  plan->rounds = plan->rounds_per_block > 1 ? blocks * plan->rounds_per_block : divided(blocks, plan->blocks_per_round);
+  plan->passes = plan->rounds == 1 && form.parts == 1 ? 1 : 2;
+  plan->whole_row = odd && plan->rounds > 1 && plan->blocks_per_round % 2 == 1;
+  plan->vector = params.n2 % kVector == 0;
+  const int chunks = plan->vector ? params.n2 / kVector : params.n2;
+  plan->chunks_magic = static_cast<uint32_t>((0x100000000ull + chunks - 1) / chunks);  // exact for numbers below 2^32 / chunks
+  plan->asynchronous = plan->vector && params.dtype != FQ_FLOAT && prologue.kind == PrologueKind::kNone && !form.direct;
+  plan->n1_padded = divided(params.n1, 16) * 16;
+  plan->left_pitch = plan->strips * form.tiles_m * 32 + 16;
+  const int pitch = form.tiles_n * 16 + 16;
+  plan->left_bytes = form.direct ? 0 : plan->n1_padded * plan->left_pitch;
+  plan->right_bytes = form.direct ? 0 : form.tiles_n * 8 * pitch;
+  plan->stage_bytes = planes * plan->blocks_per_round * (form.direct ? std::min(plan->n1_padded, kSlice) : plan->n1_padded) * pitch;
+  const int64_t codes = plan->vector ? 0 : plan->whole_row ? params.k : static_cast<int64_t>(plan->blocks_per_round) * block;
+  if (codes > device.shared_memory) return false;
+  plan->codes_bytes = divided(codes, 16) * 16;
+
+  // As many rows at once as fit, but rather fewer whose next rows are loaded meanwhile.
+  const int fixed = kMaxTeams * kSlots + planes * (plan->left_bytes + plan->right_bytes);
+  const int spread = divided(params.rows, device.multiprocessors);  // few rows: one a multiprocessor
+  double best = 0;
+  for (int teams = std::min(form.warps / plan->team_warps, spread); teams > 0; --teams) {
+    for (int stages = plan->asynchronous ? 3 : 1; stages > 0; --stages) {
+      const int64_t bytes = fixed + static_cast<int64_t>(teams) * (static_cast<int64_t>(stages) * plan->stage_bytes + plan->codes_bytes);
+      const double worth = teams * (stages > 1 ? 1.0 : 0.7);
+      if (bytes > device.shared_memory || worth <= best) continue;
+      best = worth;
+      plan->teams = teams;
+      plan->stages = stages;
+      *shared = static_cast<int>(bytes);
+    }
+  }
+  return best > 0;
+}
+
+const Form* choose_form(const fq_flat_quantize_params& params, const Prologue& prologue, const Device& device, Plan* plan, int* shared) {
+  const auto first = [&](const Form* forms, int count) -> const Form* {
+    for (int i = 0; i < count; ++i)
+      if (plan_form(forms[i], params, prologue, device, plan, shared)) return &forms[i];
+    return nullptr;
+  };
+  if (params.dtype == FQ_FLOAT16) return first(kHalfForms, sizeof(kHalfForms) / sizeof(Form));
+  if (params.dtype == FQ_BFLOAT16) return first(kBfloatForms, sizeof(kBfloatForms) / sizeof(Form));
+  return first(kFloatForms, sizeof(kFloatForms) / sizeof(Form));
+}
+
+const char* fits(const fq_flat_quantize_params& params, const Prologue& prologue, const Device& device) {
+  Plan plan;
+  int shared = 0;
+  if (is_plain(params) || choose_form(params, prologue, device, &plan, &shared) != nullptr) return nullptr;
+  return "rows of blocks of an odd number of columns are packed in shared memory, which does not hold this one: use the int8 container";
+}
+
+Problem describe(const fq_flat_quantize_params& params, const Prologue& prologue) {
+  Problem p = {};
+  p.x = params.x;
+  p.left = params.left;
+  p.right = params.right;
+  p.clip_ptr = params.clip_ptr;
+  p.q = static_cast<unsigned char*>(params.q);
+  p.scale = params.scale;
+  p.rows = static_cast<int>(params.rows);
+  p.x_stride = params.x_stride;
+  p.packed = params.container != FQ_INT8;
+  p.q_stride = p.packed ? params.k / 2 : params.k;
+  p.k = static_cast<int>(params.k);
+  p.n1 = params.n1;
+  p.n2 = params.n2;
+  p.blocks = static_cast<int>(params.k / (params.n1 * params.n2));
+  p.factors_are_float = params.factor_dtype == FQ_FLOAT;
+  p.clip = params.clip;
+  p.qmax = params.bits == 4 ? 7.0f : 127.0f;
+  p.kind = prologue.kind;
+  if (prologue.norm != nullptr) {
+    p.second = prologue.norm->residual;
+    p.second_stride = params.k;
+    p.gamma = prologue.norm->gamma;
+    p.sum = prologue.norm->residual != nullptr ? prologue.norm->sum : nullptr;
+    p.normed = prologue.norm->normed;
+    p.epsilon = prologue.norm->epsilon;
+  }
+  if (prologue.gate != nullptr) {
+    p.second = prologue.gate->up;
+    p.second_stride = prologue.gate->up_stride;
+  }
+  return p;
+}
+
+fq_status launch_plain(const fq_flat_quantize_params& params, const Problem& problem, cudaStream_t stream) {
+  const int most = kPlainMaxThreads / kWarp, wanted = divided(params.k, kWarp * kPlainElements / 2);
+  int team_warps = 1;
+  while (team_warps < wanted && team_warps < most) team_warps *= 2;
+  const int threads = std::max(kPlainThreads, team_warps * kWarp), teams = threads / kWarp / team_warps;
+  const bool vector = params.k % kVector == 0;
+  const auto kernel = params.dtype == FQ_FLOAT16    ? vector ? plain_quantize<__half, kVector> : plain_quantize<__half, 1>
+                      : params.dtype == FQ_BFLOAT16 ? vector ? plain_quantize<__nv_bfloat16, kVector> : plain_quantize<__nv_bfloat16, 1>
+                                                    : vector ? plain_quantize<float, kVector> : plain_quantize<float, 1>;
+  kernel<<<divided(params.rows, teams), threads, 0, stream>>>(problem, team_warps);
+  return check(cudaGetLastError(), "launch of plain_quantize");
+}
+
+fq_status launch(const fq_flat_quantize_params& params, const Prologue& prologue, const Device& device, cudaStream_t stream) {
+  const Problem problem = describe(params, prologue);
+  if (is_plain(params)) return launch_plain(params, problem, stream);
+  Plan plan = {};
+  int shared = 0;
+  const Form* form = choose_form(params, prologue, device, &plan, &shared);
+  const cudaError_t error = cudaFuncSetAttribute(form->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error != cudaSuccess) return check(error, "cudaFuncSetAttribute");
+  const int blocks = std::min(divided(params.rows, plan.teams), device.multiprocessors);
+  form->kernel<<<blocks, form->warps * kWarp, shared, stream>>>(problem, plan);
+  return check(cudaGetLastError(), "launch of transform_quantize");
+}
+
+}  // namespace
+
+const QuantizeKernel FlatQuantize_mma_f16 = {fits, launch};
+
+}  // namespace fq
