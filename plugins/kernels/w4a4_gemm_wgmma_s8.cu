@@ -104,11 +104,11 @@ struct Sums {
   }
 };
 
-// One warpgroup's product over `steps` blocks of K (whole stages) from the ring. `row` is the thread's row in the stage of its first tile,
-// `release(stage)` gives a stage back, `group_scale(tile, half, step)` is the scale of row + 64 tile + 8 half for that step.
+// One warpgroup's product over `steps` blocks of K from the ring, kBlocks of each stage from `first_block` on. `row` is the thread's row in
+// the stage of its first tile, `release(stage)` gives a stage back, `group_scale(tile, half, step)` is the scale of row + 64 tile + 8 half.
 template <typename Stage, int kTokens, int kTiles, int kBlocks, int kStages, bool kGrouped, typename Release, typename GroupScale>
-__device__ __forceinline__ void multiply(Sums<kTokens, kTiles, kGrouped>& sums, Cursor<kStages>& cursor, const uint8_t* ring,
-                                         uint64_t* full, int steps, int row, int quad, Release release, GroupScale group_scale) {
+__device__ __forceinline__ void multiply(Sums<kTokens, kTiles, kGrouped>& sums, Cursor<kStages>& cursor, const uint8_t* ring, uint64_t* full,
+                                         int steps, int first_block, int row, int quad, Release release, GroupScale group_scale) {
   static_assert(kBlocks <= 2, "the loop takes two steps at a time");
   Operands a[2][kTiles];
   const uint32_t ring_address = shared_address(ring);
@@ -121,7 +121,7 @@ __device__ __forceinline__ void multiply(Sums<kTokens, kTiles, kGrouped>& sums, 
   // The weights of a block of K, into the registers of the products before the last: those have read them.
   const auto load = [&](Operands(&operands)[kTiles], int block) {
     if (block == 0) barrier_wait(&full[cursor.stage], cursor.parity);
-    const uint8_t* place = ring + cursor.stage * Stage::kBytes + row * Stage::kWeightPitch + block * kWeightRow + quad * 16;
+    const uint8_t* place = ring + cursor.stage * Stage::kBytes + row * Stage::kWeightPitch + (first_block + block) * kWeightRow + quad * 16;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) load_operands<Stage::kWeightPitch>(operands[tile], place + 64 * tile * Stage::kWeightPitch);
   };
@@ -130,7 +130,7 @@ __device__ __forceinline__ void multiply(Sums<kTokens, kTiles, kGrouped>& sums, 
   const auto step = [&](Operands(&now)[kTiles], Operands(&next)[kTiles], int index, int block) {
     const int stage = cursor.stage;
     const bool last_of_stage = block + 1 == kBlocks;
-    const uint64_t tokens = descriptor_128b(ring_address + stage * Stage::kBytes + Stage::kWeightBytes + block * Stage::kTokenBytes);
+    const uint64_t tokens = descriptor_128b(ring_address + stage * Stage::kBytes + Stage::kWeightBytes + (first_block + block) * Stage::kTokenBytes);
     // Without this the compiler may move the unpacking past the fence, and fences again.
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
@@ -185,8 +185,8 @@ __device__ __forceinline__ void multiply(Sums<kTokens, kTiles, kGrouped>& sums, 
   }
 }
 
-// The same with a scale per block of K, for one tile of many tokens: two halves of the columns take turns, so that one is multiplied while
-// the other's sums are scaled.
+// The same with a scale per block of K, for one tile of many tokens, in halves of the columns: the second is multiplied while the first's
+// sums are scaled.
 template <typename Stage, int kTokens, int kStages, typename Release, typename GroupScale>
 __device__ __forceinline__ void multiply_in_halves(Sums<kTokens, 1, true>& sums, Cursor<kStages>& cursor, const uint8_t* ring, uint64_t* full,
                                                    int steps, int row, int quad, Release release, GroupScale group_scale) {
@@ -219,37 +219,25 @@ __device__ __forceinline__ void multiply_in_halves(Sums<kTokens, 1, true>& sums,
   };
   barrier_wait(&full[cursor.stage], cursor.parity);
   load(a[0], cursor.stage);
-  issue(a[0], 0, cursor.stage);
-  issue(a[0], 1, cursor.stage);
-  float scales[2] = {group_scale(0, 0, 0), group_scale(0, 1, 0)};
-  const auto step = [&](Operands& next, int index) {
+  const auto step = [&](Operands& now, Operands& next, int index) {
     const int stage = cursor.stage;
-    const bool more = index + 1 < steps;
-    float next_scales[2] = {};
+    issue(now, 0, stage);
+    issue(now, 1, stage);
+    const float scales[2] = {group_scale(0, 0, index), group_scale(0, 1, index)};
     cursor.advance();
-    if (more) {
-      next_scales[0] = group_scale(0, 0, index + 1);
-      next_scales[1] = group_scale(0, 1, index + 1);
+    if (index + 1 < steps) {
       barrier_wait(&full[cursor.stage], cursor.parity);
       load(next, cursor.stage);
     }
     wgmma_wait<1>();
     scale(0, scales);
-    if (more) {
-      issue(next, 0, cursor.stage);
-      wgmma_wait<1>();
-    } else {
-      wgmma_wait<0>();
-    }
+    wgmma_wait<0>();
     release(stage);
     scale(1, scales);
-    if (more) issue(next, 1, cursor.stage);
-    scales[0] = next_scales[0];
-    scales[1] = next_scales[1];
   };
   for (int index = 0; index < steps; index += 2) {
-    step(a[1], index);
-    if (index + 1 < steps) step(a[0], index + 1);
+    step(a[0], a[1], index);
+    if (index + 1 < steps) step(a[1], a[0], index + 1);
   }
 }
 
@@ -399,7 +387,7 @@ __global__ void __launch_bounds__(kConsumers + 128, 1)
         multiply_in_halves<Stage>(sums, cursor, shared.ring, shared.full, p.steps, row, quad, release,
                                   [&](int, int half, int step) { return __ldg(group_scales[half] + step); });
       } else {
-        multiply<Stage, kTokens, kTiles, 1, kStages, false>(sums, cursor, shared.ring, shared.full, p.steps, row, quad, release,
+        multiply<Stage, kTokens, kTiles, 1, kStages, false>(sums, cursor, shared.ring, shared.full, p.steps, 0, row, quad, release,
                                                             [](int, int, int) { return 1.f; });
       }
 
@@ -460,16 +448,23 @@ __global__ void __launch_bounds__(kConsumers + 128, 1)
 
 // ---- few tokens ----
 
-template <int kTokens, int kTiles>
+// Four warpgroups, for what a stage costs between its arrival and its release is latency; two where their sums would not fit the registers.
+template <int kTokens, bool kGrouped>
+constexpr int kFewWarpgroups = kGrouped && kTokens == 64 ? 2 : 4;
+
+template <int kTokens, int kTiles, int kWarpgroups>
 struct FewTokens {
-  static constexpr int kRows = 2 * 64 * kTiles;  // at most: a block has as many as share out evenly
-  static constexpr int kBlocks = 2;              // 128-byte rows of weights: whole lines of the memory
+  static constexpr int kConsumers = 128 * kWarpgroups;
+  static constexpr int kRows = 64 * kTiles;                // at most: a block has as many as share out evenly
+  static constexpr int kSlots = kWarpgroups / kTiles;      // warpgroups of a tile, which take its blocks of K in turn
+  static constexpr int kBlocks = kSlots > 2 ? kSlots : 2;  // of a stage: whole lines of the memory
+  static constexpr int kMine = kBlocks / kSlots;           // of a warpgroup
   using Stage = Stage<kRows, kTokens, kBlocks>;
   static constexpr int kPitch = kRows + 4;  // 32-bit words a token: rows of a column fall into different banks
   static constexpr int kStages = (226 * 1024 - kTokens * 4) / (Stage::kBytes + 16);
   struct Sums {
-    int32_t own[kTokens * kPitch];
-    int32_t others[kTokens * kPitch];  // [other block][tokens that this block finishes][kPitch]
+    int32_t own[kSlots * kTokens * kPitch];
+    int32_t others[kSlots * kTokens * kPitch];  // [other block][slot][tokens that this block finishes][kPitch]
   };
   struct Shared {
     union {
@@ -487,12 +482,12 @@ struct FewTokens {
 
 // Grid: row tiles of `rows`, splits of K (the cluster), token tiles.
 template <int kTokens, int kTiles, bool kGrouped>
-__global__ void __launch_bounds__(kConsumers + 32, 1)
+__global__ void __launch_bounds__(128 * kFewWarpgroups<kTokens, kGrouped> + 32, 1)
     few_tokens(const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap q_map, const Problem p, const int rows) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using Kernel = FewTokens<kTokens, kTiles>;
+  using Kernel = FewTokens<kTokens, kTiles, kFewWarpgroups<kTokens, kGrouped>>;
   using Stage = typename Kernel::Stage;
-  constexpr int kStages = Kernel::kStages, kBlocks = Kernel::kBlocks;
+  constexpr int kStages = Kernel::kStages, kBlocks = Kernel::kBlocks, kSlots = Kernel::kSlots, kConsumers = Kernel::kConsumers;
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& shared = *reinterpret_cast<typename Kernel::Shared*>(raw);
   const int splits = gridDim.y;
@@ -563,29 +558,29 @@ __global__ void __launch_bounds__(kConsumers + 32, 1)
 
   const int lane = threadIdx.x % 32;
   const int quad = lane % 4;
-  const int row = threadIdx.x / 128 * 64 * kTiles + threadIdx.x % 128 / 32 * 16 + lane / 4;
+  const int slot = threadIdx.x / 128 / kTiles;
+  const int row = threadIdx.x / 128 % kTiles * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
   Cursor<kStages> cursor;
-  Sums<kTokens, kTiles, kGrouped> sums;
-  multiply<Stage, kTokens, kTiles, kBlocks, kStages, kGrouped>(
-      sums, cursor, shared.ring, shared.full, stages * kBlocks, row, quad,
+  Sums<kTokens, 1, kGrouped> sums;
+  multiply<Stage, kTokens, 1, Kernel::kMine, kStages, kGrouped>(
+      sums, cursor, shared.ring, shared.full, stages * Kernel::kMine, slot * Kernel::kMine, row, quad,
       [&](int stage) {
         if (lane == 0) barrier_arrive(&shared.empty[stage]);
       },
-      [&](int tile, int half, int step) {
-        return __ldg(p.w_scale + size_t(min(row0 + row + 64 * tile + 8 * half, p.n - 1)) * p.steps + min(first * kBlocks + step, p.steps - 1));
+      [&](int, int half, int step) {
+        const int block = (first + step / Kernel::kMine) * kBlocks + slot * Kernel::kMine + step % Kernel::kMine;
+        return __ldg(p.w_scale + size_t(min(row0 + row + 8 * half, p.n - 1)) * p.steps + min(block, p.steps - 1));
       });
 
   if (threadIdx.x < kTokens) shared.scale[threadIdx.x] = token_scale;
   named_barrier(1, kConsumers);  // both warpgroups have read the ring for the last time
   if (splits > 1) cluster_arrive_relaxed();
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-    for (int i = 0; i < kTokens / 2; ++i) {
-      int32_t value = sums.whole[tile][i] >> 4;
-      if constexpr (kGrouped) value = __float_as_int(sums.scaled[tile][i]);
-      shared.sums.own[(i / 4 * 8 + quad * 2 + i % 2) * Kernel::kPitch + row + 64 * tile + i / 2 % 2 * 8] = value;
-    }
+  for (int i = 0; i < kTokens / 2; ++i) {
+    int32_t value = sums.whole[0][i] >> 4;
+    if constexpr (kGrouped) value = __float_as_int(sums.scaled[0][i]);
+    shared.sums.own[(slot * kTokens + i / 4 * 8 + quad * 2 + i % 2) * Kernel::kPitch + row + i / 2 % 2 * 8] = value;
+  }
   // Every block of the cluster finishes some of the tokens: their sums go there.
   const int share = kTokens / splits;
   const uint32_t share_bytes = share * Kernel::kPitch * 4;
@@ -594,11 +589,14 @@ __global__ void __launch_bounds__(kConsumers + 32, 1)
     named_barrier(1, kConsumers);
     cluster_wait();  // the others have read their rings too
     if (threadIdx.x == 0) {
-      barrier_expect(&shared.arrived, (splits - 1) * share_bytes);
-      for (int to = 0; to < splits; ++to)
+      barrier_expect(&shared.arrived, (splits - 1) * kSlots * share_bytes);
+#pragma unroll 1
+      for (int i = 0; i < splits * kSlots; ++i) {
+        const int to = i / kSlots, of = i % kSlots;
         if (to != split)
-          copy_to_block(shared.sums.others + (split < to ? split : split - 1) * share * Kernel::kPitch, shared.sums.own + to * share * Kernel::kPitch,
-                        share_bytes, &shared.arrived, to);
+          copy_to_block(shared.sums.others + ((split < to ? split : split - 1) * kSlots + of) * share * Kernel::kPitch,
+                        shared.sums.own + (of * kTokens + to * share) * Kernel::kPitch, share_bytes, &shared.arrived, to);
+      }
     }
     __syncwarp();
     barrier_wait(&shared.arrived, 0);
@@ -615,10 +613,10 @@ __global__ void __launch_bounds__(kConsumers + 32, 1)
     float4 sum = {};
     int4 whole = {};
 #pragma unroll 1
-    for (int block = 0; block < splits; ++block) {  // always in this order: the same bits each time, for fp32 too
-      const int32_t* place = block == split  ? shared.sums.own + token * Kernel::kPitch
-                             : block < split ? shared.sums.others + (block * share + i) * Kernel::kPitch
-                                             : shared.sums.others + ((block - 1) * share + i) * Kernel::kPitch;
+    for (int part = 0; part < splits * kSlots; ++part) {  // always in this order: the same bits each time, for fp32 too
+      const int block = part / kSlots, of = part % kSlots;
+      const int32_t* place = block == split ? shared.sums.own + (of * kTokens + token) * Kernel::kPitch
+                                            : shared.sums.others + ((part - (block > split ? kSlots : 0)) * share + i) * Kernel::kPitch;
       const int4 v = *reinterpret_cast<const int4*>(place + channel);
       if constexpr (kGrouped)
         sum = make_float4(sum.x + __int_as_float(v.x), sum.y + __int_as_float(v.y), sum.z + __int_as_float(v.z), sum.w + __int_as_float(v.w));
@@ -704,17 +702,17 @@ struct Shares {
   int rows, splits;
 };
 
-Shares share_out(int64_t n, int64_t stages, int64_t token_tiles, int tokens, int most_rows, int multiprocessors) {
+Shares share_out(int64_t n, int64_t steps, int64_t token_tiles, int tokens, int most_rows, int multiprocessors) {
   Shares best = {128, 1};
   double least = 1e30;
-  for (int splits = 1; splits <= std::min<int64_t>(8, stages); splits *= 2) {
+  for (int splits = 1; splits <= std::max<int64_t>(1, std::min<int64_t>(8, steps / 4)); splits *= 2) {
     // Clusters of more than two lose the multiprocessors that do not make up one in their part of the chip.
     const int64_t blocks = std::max<int64_t>(1, (splits > 2 ? multiprocessors * 9 / 10 : multiprocessors) / splits / token_tiles);
     for (int64_t waves = 1; waves <= 64; ++waves) {
       const int64_t rows = ((n + blocks * waves - 1) / (blocks * waves) + 15) / 16 * 16;
       if (rows > most_rows) continue;
       // Bytes a multiprocessor takes in: weights from memory, tokens from the second-level cache; adding up costs about half a microsecond.
-      const double bytes = (rows * 128. + tokens * 256. * 0.4) * double((stages + splits - 1) / splits) * waves;
+      const double bytes = (rows * 64. + tokens * 128. * 0.4) * double((steps + splits - 1) / splits) * waves;
       const double cost = bytes + (splits > 1 ? 20e3 : 0) + 60e3 * (waves - 1);
       if (cost < least) {
         least = cost;
@@ -728,28 +726,27 @@ Shares share_out(int64_t n, int64_t stages, int64_t token_tiles, int tokens, int
 
 template <int kTokens, int kTiles, bool kGrouped>
 fq_status launch_few_rows(const fq_w4a4_gemm_params& p, Shares shares, cudaStream_t stream) {
-  using Kernel = FewTokens<kTokens, kTiles>;
+  using Kernel = FewTokens<kTokens, kTiles, kFewWarpgroups<kTokens, kGrouped>>;
   CUtensorMap w_map, q_map;
   if (const fq_status status = make_tensor_map(&w_map, weights_of(p), shares.rows, Kernel::Stage::kWeightPitch, CU_TENSOR_MAP_SWIZZLE_NONE))
     return status;
   if (const fq_status status = make_tensor_map(&q_map, codes_of(p), kTokens, kBlockK, CU_TENSOR_MAP_SWIZZLE_128B)) return status;
   const Launch launch = {dim3(unsigned((p.n + shares.rows - 1) / shares.rows), unsigned(shares.splits), unsigned((p.m + kTokens - 1) / kTokens)),
-                         dim3(1, unsigned(shares.splits), 1), kConsumers + 32, Kernel::kSharedBytes};
+                         dim3(1, unsigned(shares.splits), 1), Kernel::kConsumers + 32, Kernel::kSharedBytes};
   return launch_kernel(few_tokens<kTokens, kTiles, kGrouped>, launch, stream, w_map, q_map, problem_of(p), shares.rows);
 }
 
 template <int kTokens, bool kGrouped>
 fq_status launch_few(const fq_w4a4_gemm_params& p, const Device& device, cudaStream_t stream) {
-  constexpr bool kFitsTwo = !kGrouped || kTokens < 64;  // two tiles' integer and fp32 sums in registers
-  const Shares shares = share_out(p.n, (p.k + 2 * kBlockK - 1) / (2 * kBlockK), (p.m + kTokens - 1) / kTokens, kTokens, kFitsTwo ? 256 : 128,
-                                  device.multiprocessors);
-  if (kFitsTwo && shares.rows > 128) return launch_few_rows<kTokens, kFitsTwo ? 2 : 1, kGrouped>(p, shares, stream);
+  constexpr int kMostTiles = kFewWarpgroups<kTokens, kGrouped>;
+  const Shares shares = share_out(p.n, p.k / kBlockK, (p.m + kTokens - 1) / kTokens, kTokens, 64 * kMostTiles, device.multiprocessors);
+  if (shares.rows > 128) return launch_few_rows<kTokens, kMostTiles, kGrouped>(p, shares, stream);
+  if (shares.rows > 64) return launch_few_rows<kTokens, 2, kGrouped>(p, shares, stream);
   return launch_few_rows<kTokens, 1, kGrouped>(p, shares, stream);
 }
 
 template <bool kGrouped>
 fq_status launch_few_tokens(const fq_w4a4_gemm_params& p, const Device& device, cudaStream_t stream) {
-  if (p.m <= 8) return launch_few<8, kGrouped>(p, device, stream);
   if (p.m <= 16) return launch_few<16, kGrouped>(p, device, stream);
   if (p.m <= 32) return launch_few<32, kGrouped>(p, device, stream);
   return launch_few<64, kGrouped>(p, device, stream);
