@@ -230,6 +230,8 @@ def bench(
     # The baseline knows best what its inputs are for: it has the operators that were exported.
     feeds = [_feeds(next(iter(sides.values())).model, given, kv_cache, seed) for given in sets]
     memory = Memory(device)
+    if device == "cuda":
+        _load_libraries(device)
     inputs = [{name: _to_device(array, device) for name, array in fed.items()} for fed in feeds]
     notes: list[str] = []
     captured = cuda_graph if cuda_graph is not None else device == "cuda"
@@ -376,8 +378,6 @@ def _load(
 ) -> dict[str, _Runner]:
     """Every model, loaded and warm for every set of shapes."""
     runners = {}
-    if device == "cuda":
-        _load_libraries(device)
     with progress.task("Loading", len(sides)) as task:
         for role, side in sides.items():
             runners[role] = _Runner(side, inputs, device, captured=captured, kv_cache=kv_cache, memory=memory)

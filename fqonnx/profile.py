@@ -129,7 +129,7 @@ def recorded_work() -> Iterator[list[Work] | None]:
         yield None
         return
     found: list[Work] = []
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profiler:
         yield found
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory(prefix="fqonnx-profile-") as folder:
