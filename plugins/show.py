@@ -56,7 +56,7 @@ def _table_of_kernels() -> Table:
 def _resources(built: Built) -> Table:
     table = Table(title="Compiled", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("source", no_wrap=True)
-    for heading in ("architecture", "functions", "registers", "shared bytes"):
+    for heading in ("arch", "functions", "registers", "shared"):
         table.add_column(heading, justify="right", no_wrap=True)
     for source, usages in built.kernels.items():
         for architecture in dict.fromkeys(usage.architecture for usage in usages):
