@@ -259,10 +259,11 @@ def check_nodes(model: ir.Model, arrays: Mapping[str, Any], dtype: int) -> None:
             x, left, right, clip = given
             codes, scale = flat_quantize(x, left, right, float(clip), bits=bits)
             q = unpack_rows(got[0]) if packed else got[0]
-            np.testing.assert_allclose(got[1], scale, rtol=4 * eps, err_msg=node.name)
+            np.testing.assert_allclose(got[1], scale, rtol=eps, err_msg=node.name)
+            # A code is moved by the error of its value: up to 2^(bits - 1) steps of `eps` of a step each.
             difference = np.abs(q.astype(int) - codes)
-            assert difference.max(initial=0) <= 1 + 2 ** (bits - 1) * 4 * eps, node.name
-            assert np.count_nonzero(difference) <= difference.size * 2 ** (bits - 1) * 4 * eps + 1, node.name
+            assert difference.max(initial=0) <= 1 + 2 ** (bits - 1) * eps, node.name
+            assert np.count_nonzero(difference) <= difference.size * 2 ** (bits - 1) * eps + 2, node.name
         else:
             layout, packed = node.attributes["layout"].as_string(), bool(node.attributes["packed"].as_int())
             q, scale, w, w_scale, bias = given
@@ -277,12 +278,15 @@ MODELS: dict[str, Callable[..., onnx.ModelProto]] = {"decoder": decoder, "encode
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 3, 150])
 @pytest.mark.parametrize("portable", [False, True], ids=["target", "portable"])
 @pytest.mark.parametrize(("name", "dtype"), [("decoder", FP16), ("encoder", FP32), ("encoder", FP16), ("odd", FP16), ("odd", FP32)])
-def test_every_node_is_the_reference(gpu: str, name: str, dtype: int, portable: bool) -> None:
+def test_every_node_is_the_reference(gpu: str, name: str, dtype: int, portable: bool, tokens: int) -> None:
     proto = MODELS[name](dtype)
     model = lowered(proto, None if portable else gpu)
-    check_nodes(model, feed(proto), dtype)
+    width = proto.graph.input[0].type.tensor_type.shape.dim[2].dim_value
+    x = np.random.default_rng(tokens).standard_normal((2, tokens, width)) * np.where(np.arange(width) % 31 == 0, 8, 1)
+    check_nodes(model, {"x": x.astype(NUMPY[dtype])}, dtype)
 
 
 @pytest.mark.gpu
