@@ -60,20 +60,13 @@ def binary_tool(name: str) -> Path:
 
 
 @cache
-def machine_code(path: Path, architecture: str, functions: frozenset[str] = frozenset()) -> dict[str, list[str]]:
-    """By function, as the linker knows it, the instructions (mnemonic first) that a library holds for an architecture.
-
-    Args:
-        path: The library.
-        architecture: Such as ``90a``.
-        functions: Those wanted; empty for all.
-    """
+def machine_code(path: Path, architecture: str) -> dict[str, list[str]]:
+    """By function, as the linker knows it, the mnemonics of the instructions that a library holds for an architecture such as ``90a``."""
     tool = binary_tool("cuobjdump")
-    only = ["-fun", ",".join(sorted(functions))] if functions else []
     env = {**os.environ, "PATH": f"{binary_tool('nvdisasm').parent}:{os.environ['PATH']}"}
     code: dict[str, list[str]] = {}
     current: list[str] = []
-    command = [tool, "-sass", "-arch", f"sm_{architecture}", *only, path]
+    command = [tool, "-sass", "-arch", f"sm_{architecture}", path]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
         assert process.stdout is not None
         for line in process.stdout:  # it may be a hundred megabytes
