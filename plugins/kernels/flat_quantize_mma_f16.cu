@@ -55,10 +55,14 @@ struct Plan {
   int rounds, passes;    // 1 pass: t stays in registers; 2: once for the row's maximum, once for its codes
   int stages;            // of x in shared memory
   int n1_padded, left_pitch;
-  uint32_t chunks_magic;  // to divide by the vectors (or elements) of n2
+  uint32_t chunks_magic;  // divides by the vectors (or elements) of n2
+  uint32_t left_magic, right_magic;  // divide by the vectors of a factor's row
   bool asynchronous, vector, whole_row;
   int left_bytes, right_bytes, stage_bytes, codes_bytes;  // parts of shared memory; one plane of left and right, one stage of all planes
 };
+
+// Keeps the compiler from computing what depends on `value` before a loop: registers are what a strip is made of.
+__device__ __forceinline__ void hide(int& value) { asm volatile("" : "+r"(value)); }
 
 // ---- numbers ----
 
@@ -314,11 +318,11 @@ __device__ __forceinline__ void load_transposed(uint32_t (&registers)[4], uint32
 template <typename X>
 __device__ __forceinline__ void multiply_16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same<X, __half>::value) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   } else {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
@@ -336,16 +340,13 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[kP
 
 // ---- factors ----
 
-// Tiles of 8 columns in a group of the right factor's. A group is dealt out such that the two columns of each tile that a thread has in the
-// accumulators make one run of 16 adjacent codes: tile j, place c is column 8 c + j.
-constexpr int kGroup = 8;
-constexpr int kGroupColumns = 8 * kGroup;
-
-// Column of shared memory in which the right factor's `column` is kept.
-__device__ __forceinline__ int permuted(int column) {
-  const int inside = column % kGroupColumns;
-  return column - inside + inside % kGroup * 8 + inside / kGroup;
+// Exact for numbers below 2^32 / divisor; see magic_of().
+__device__ __forceinline__ int divide(int number, uint32_t magic) {
+  return magic == 0 ? number : static_cast<int>(__umulhi(static_cast<uint32_t>(number), magic));
 }
+
+constexpr int kGroup = 8;  // tiles of 8 columns whose codes are stored together: 16 adjacent ones by each thread
+constexpr int kGroupColumns = 8 * kGroup;
 
 // kVector entries of a factor of n x n, zeros outside it.
 template <typename X>
@@ -388,7 +389,7 @@ __device__ __forceinline__ void store_16(unsigned char* target, const uint32_t (
 
 __device__ __forceinline__ bool is_vector(const void* factor, int n) { return n % kVector == 0 && reinterpret_cast<uintptr_t>(factor) % 16 == 0; }
 
-// Puts both factors into shared memory as operands of X's kind, zeros around them: the left one as it is, the right one's columns permuted.
+// Puts both factors into shared memory as operands of X's kind, zeros around them. Asynchronous where no conversion is needed: one commit.
 // Entries are rounded to fp16 for fp16 x: they are meant to be of moderate size.
 template <typename X>
 __device__ __forceinline__ void stage_factors(const Problem& p, const Plan& plan, int left_columns, int size, int pitch, unsigned char* left,
@@ -399,32 +400,33 @@ __device__ __forceinline__ void stage_factors(const Problem& p, const Plan& plan
     const void* factor = is_left ? p.left : p.right;
     const int n = is_left ? p.n1 : p.n2, rows = is_left ? plan.n1_padded : size, chunks = (is_left ? left_columns : size) / kVector;
     const int line = is_left ? plan.left_pitch : pitch, plane = is_left ? plan.left_bytes : plan.right_bytes;
+    const uint32_t magic = is_left ? plan.left_magic : plan.right_magic;
+    unsigned char* target = is_left ? left : right;
     const bool vector = is_vector(factor, n);
+    if (vector && kPlanes<X> == 1 && !p.factors_are_float) {
 #pragma unroll 4
-    for (int unit = threadIdx.x; unit < rows * chunks; unit += blockDim.x) {
-      const int row = unit / chunks, column = unit % chunks * kVector;
-      float values[kVector];
-      load_factor<X>(p, factor, n, vector, row, column, values);
-      uint32_t words[kPlanes<X>][kVector / 2];
-      split<X>(values, words);
+      for (int unit = threadIdx.x; unit < rows * chunks; unit += blockDim.x) {
+        const int row = divide(unit, magic), chunk = unit - row * chunks;
+        const bool inside = row < n && chunk * kVector < n;
+        copy_16(to_shared(target) + row * line + chunk * 16, static_cast<const uint16_t*>(factor) + (inside ? row * n + chunk * kVector : 0), inside);
+      }
+    } else {
+#pragma unroll 4
+      for (int unit = threadIdx.x; unit < rows * chunks; unit += blockDim.x) {
+        const int row = divide(unit, magic), column = (unit - row * chunks) * kVector;
+        float values[kVector];
+        load_factor<X>(p, factor, n, vector, row, column, values);
+        uint32_t words[kPlanes<X>][kVector / 2];
+        split<X>(values, words);
 #pragma unroll
-      for (int part = 0; part < kPlanes<X>; ++part) {
-        unsigned char* target = (is_left ? left : right) + part * plane + row * line;
-        if (is_left) {
-          store_16(target + 2 * column, words[part]);
-        } else {
-#pragma unroll
-          for (int i = 0; i < kVector; ++i)
-            *reinterpret_cast<uint16_t*>(target + 2 * permuted(column + i)) = static_cast<uint16_t>(words[part][i / 2] >> (16 * (i % 2)));
-        }
+        for (int part = 0; part < kPlanes<X>; ++part) store_16(target + part * plane + row * line + 2 * column, words[part]);
       }
     }
   }
+  commit_copies();
 }
 
 // ---- rows of x ----
-
-__device__ __forceinline__ int divide(int number, uint32_t magic) { return static_cast<int>(__umulhi(static_cast<uint32_t>(number), magic)); }
 
 // Where a line of the round's blocks is in the stage: each block begins at a multiple of 16 lines.
 __device__ __forceinline__ int place(const Problem& p, const Plan& plan, int line) {
@@ -537,21 +539,48 @@ struct Strip {
   bool active;
 };
 
-// Codes of one strip and one group of columns of a thread: half 0 is row g of the tile, half 1 row g + 8.
-__device__ __forceinline__ void store_codes(const Problem& p, const float (&t)[kGroup][4], int half, float reciprocal, int row, int index, int column,
-                                            unsigned char* codes) {
-  constexpr int kRun = 2 * kGroup;
-  uint32_t words[kRun / 4];
+// The quad's words: lane t receives word t of lanes 0 to 3.
+__device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
+  const int t = threadIdx.x % 4;
 #pragma unroll
-  for (int i = 0; i < kRun / 4; ++i) {
+  for (int distance = 1; distance <= 2; distance *= 2) {
+    const bool upper = (t & distance) != 0;
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      const int low = distance == 1 ? 2 * pair : pair, high = low + distance;
+      const uint32_t received = __shfl_xor_sync(kFull, upper ? words[low] : words[high], distance);
+      words[low] = upper ? received : words[low];
+      words[high] = upper ? words[high] : received;
+    }
+  }
+}
+
+// Codes of one strip and one group of columns: half 0 is row g of the tile, half 1 row g + 8. The whole warp comes here, also with rows that are
+// not `inside`. A thread's 16 codes are adjacent: dealt out so by fetch_right (kDealt), or exchanged within the quad.
+template <bool kDealt>
+__device__ __forceinline__ void store_codes(const Problem& p, const float (&t)[kGroup][4], int half, float reciprocal, int row, int index, int column,
+                                            bool inside, unsigned char* codes) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
     uint32_t bits[4];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) bits[j] = code_bits(t[(4 * i + j) % kGroup][2 * half + (4 * i + j) / kGroup], reciprocal, p.qmax);
+    for (int j = 0; j < 4; ++j) {
+      const int at = 4 * i + j;
+      bits[j] = code_bits(kDealt ? t[at % kGroup][2 * half + at / kGroup] : t[at / 2][2 * half + at % 2], reciprocal, p.qmax);
+    }
     words[i] = four_bytes(bits[0], bits[1], bits[2], bits[3]);
   }
+  if constexpr (!kDealt) {
+    transpose_quad(words);
+    const uint32_t from[4] = {words[0], words[1], words[2], words[3]};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = __byte_perm(from[i % 2 * 2], from[i % 2 * 2 + 1], i / 2 == 0 ? 0x5410 : 0x7632);
+  }
+  if (!inside) return;
   if (codes != nullptr) {  // odd sizes: bytes, put together later
 #pragma unroll
-    for (int i = 0; i < kRun; ++i)
+    for (int i = 0; i < 16; ++i)
       if (column + i < p.n2) codes[index + i] = static_cast<unsigned char>(words[i / 4] >> (8 * (i % 4)));
     return;
   }
@@ -566,7 +595,7 @@ __device__ __forceinline__ void store_codes(const Problem& p, const float (&t)[k
     return;
   }
 #pragma unroll
-  for (int i = 0; i < kRun / 8; ++i) {
+  for (int i = 0; i < 2; ++i) {
     if (column + 8 * i >= p.n2) return;
     if (p.packed) {
       reinterpret_cast<uint32_t*>(target)[i] = eight_nibbles(words[2 * i], words[2 * i + 1]);
@@ -597,7 +626,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __g
   static_assert(kPart % kGroup == 0, "a group of tiles is computed together");
   extern __shared__ __align__(16) unsigned char memory[];
 
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
   unsigned char* left = memory + kMaxTeams * kSlots;
   unsigned char* right = left + kPlanes<X> * plan.left_bytes;
   unsigned char* stages = right + kPlanes<X> * plan.right_bytes;
@@ -647,6 +676,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __g
     if (plan.asynchronous && !idle)
       for (int i = 0; i < max(plan.stages - 1, 1); ++i) copy_ahead({first_row, 0, 0}, 0, i);
     stage_factors<X>(p, plan, plan.strips * kStripRows, kTilesN * 8, kPitch, left, right);
+    wait_for_copies<0>();
     __syncthreads();
   }
   if (idle) return;
@@ -657,6 +687,10 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __g
 
 #pragma unroll 1
   for (Item item = {first_row, 0, 0}; item.row < p.rows; advance(item)) {
+    int lane = threadIdx.x % kWarp;
+    hide(lane);
+    hide(team.member);
+    hide(team.index);
     const int block0 = first_block(item.round);
     if (p.kind == PrologueKind::kRmsNorm && item.pass == 0 && item.round == 0) inverse_rms = find_inverse_rms<X>(p, item.row, plan.vector, &team);
     if constexpr (!kDirect) {
@@ -825,12 +859,11 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __g
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int m = strip.first_row + 16 * i + lane / 4 + 8 * half;
-            if (m >= p.n1) continue;
 #pragma unroll
             for (int group = 0; group < kPart / kGroup; ++group) {
               const int column = (part_index * kPart + group * kGroup) * 8 + lane % 4 * 2 * kGroup;
-              store_codes(p, reinterpret_cast<const float(&)[kGroup][4]>(t[i][group * kGroup]), half, reciprocal, item.row, base + m * p.n2 + column, column,
-                          codes);
+              store_codes<kDirect>(p, reinterpret_cast<const float(&)[kGroup][4]>(t[i][group * kGroup]), half, reciprocal, item.row, base + m * p.n2 + column,
+                                   column, m < p.n1, codes);
             }
           }
       }
@@ -894,6 +927,11 @@ __device__ __forceinline__ void store_plain(const Problem& p, int row, int colum
   }
 }
 
+template <typename X, int kCount>
+struct alignas(sizeof(X) * kCount < 16 ? sizeof(X) * kCount : 16) Kept {
+  X values[kCount];
+};
+
 // A team of warps a row, kCount adjacent columns a thread: kVector, or 1 where k is no multiple of it. kKept of them stay in registers; rows
 // that are longer than these are read twice.
 template <typename X, int kCount>
@@ -909,25 +947,32 @@ __global__ void __launch_bounds__(kPlainMaxThreads, 2) plain_quantize(const __gr
   if (p.kind == PrologueKind::kRmsNorm) inverse_rms = find_inverse_rms<X>(p, row, kCount == kVector, &team);
   const float2 factors = plain_factors<X>(p);
 
-  // In the reference's order of products.
-  const auto read = [&](int column, bool write, float(&h)[kCount]) {
-    load_transformed<X>(p, row, column, inverse_rms, write, h);
+  const auto multiply = [&](float(&h)[kCount]) {  // in the reference's order
 #pragma unroll
     for (int i = 0; i < kCount; ++i) h[i] = __fmul_rn(factors.x, __fmul_rn(h[i], factors.y));
+  };
+  const auto read = [&](int column, bool write, float(&h)[kCount]) {
+    load_transformed<X>(p, row, column, inverse_rms, write, h);
+    multiply(h);
   };
   const auto measure = [&](const float(&h)[kCount]) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) largest = max_or_nan(largest, fabsf(h[i]));
   };
-  float h[kKept][kCount];
+  Kept<X, kCount> kept[kKept];  // h is of type X
 #pragma unroll
   for (int i = 0; i < kKept; ++i) {
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) h[i][j] = 0.0f;
-    if (first + i * step < p.k) read(first + i * step, true, h[i]);
+    float h[kCount] = {};
+    if (first + i * step < p.k) load_transformed<X>(p, row, first + i * step, inverse_rms, true, h);
+    store<X>(kept[i].values, h);
   }
 #pragma unroll
-  for (int i = 0; i < kKept; ++i) measure(h[i]);
+  for (int i = 0; i < kKept; ++i) {
+    float h[kCount];
+    load<X>(kept[i].values, h);
+    multiply(h);
+    measure(h);
+  }
 #pragma unroll 1
   for (int column = first + kKept * step; column < p.k; column += step) {
     float more[kCount];
@@ -939,7 +984,10 @@ __global__ void __launch_bounds__(kPlainMaxThreads, 2) plain_quantize(const __gr
 #pragma unroll
   for (int i = 0; i < kKept; ++i) {
     if (i * step >= p.k) break;
-    store_plain(p, row, first + i * step, first + i * step < p.k, h[i], scale);
+    float h[kCount];
+    load<X>(kept[i].values, h);
+    multiply(h);
+    store_plain(p, row, first + i * step, first + i * step < p.k, h, scale);
   }
 #pragma unroll 1
   for (int start = kKept * step; start < p.k; start += step) {
@@ -971,6 +1019,8 @@ const Form kFloatForms[] = {form<float, 16, 1, 1, 8, false>(), form<float, 32, 1
 
 int divided(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
+uint32_t magic_of(int divisor) { return static_cast<uint32_t>((0x100000000ull + divisor - 1) / divisor); }  // 0 for 1
+
 bool is_plain(const fq_flat_quantize_params& params) { return params.n1 == 1 && params.n2 == 1; }
 
 // How the form would do the problem, if shared memory allows.
@@ -988,7 +1038,9 @@ bool plan_form(const Form& form, const fq_flat_quantize_params& params, const Pr
   plan->whole_row = odd && plan->rounds > 1 && plan->blocks_per_round % 2 == 1;
   plan->vector = params.n2 % kVector == 0;
   const int chunks = plan->vector ? params.n2 / kVector : params.n2;
-  plan->chunks_magic = static_cast<uint32_t>((0x100000000ull + chunks - 1) / chunks);  // exact for numbers below 2^32 / chunks
+  plan->chunks_magic = magic_of(chunks);
+  plan->left_magic = magic_of(plan->strips * form.tiles_m * 2);
+  plan->right_magic = magic_of(form.tiles_n);
   plan->asynchronous = plan->vector && params.dtype != FQ_FLOAT && prologue.kind == PrologueKind::kNone && !form.direct;
   plan->n1_padded = divided(params.n1, 16) * 16;
   plan->left_pitch = plan->strips * form.tiles_m * 32 + 16;
@@ -1071,8 +1123,9 @@ Problem describe(const fq_flat_quantize_params& params, const Prologue& prologue
   return p;
 }
 
-fq_status launch_plain(const fq_flat_quantize_params& params, const Problem& problem, cudaStream_t stream) {
-  const int most = kPlainMaxThreads / kWarp, wanted = divided(params.k, kWarp * kPlainElements / 2);
+fq_status launch_plain(const fq_flat_quantize_params& params, const Problem& problem, const Device& device, cudaStream_t stream) {
+  const int most = kPlainMaxThreads / kWarp, few = params.rows <= 2 * device.multiprocessors ? 4 : 1;
+  const int wanted = divided(params.k, kWarp * kPlainElements / few);  // a row's latency counts where there are few of them
   int team_warps = 1;
   while (team_warps < wanted && team_warps < most) team_warps *= 2;
   const int threads = std::max(kPlainThreads, team_warps * kWarp), teams = threads / kWarp / team_warps;
@@ -1086,7 +1139,7 @@ fq_status launch_plain(const fq_flat_quantize_params& params, const Problem& pro
 
 fq_status launch(const fq_flat_quantize_params& params, const Prologue& prologue, const Device& device, cudaStream_t stream) {
   const Problem problem = describe(params, prologue);
-  if (is_plain(params)) return launch_plain(params, problem, stream);
+  if (is_plain(params)) return launch_plain(params, problem, device, stream);
   Plan plan = {};
   int shared = 0;
   const Form* form = choose_form(params, prologue, device, &plan, &shared);
