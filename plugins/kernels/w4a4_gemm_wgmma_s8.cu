@@ -106,7 +106,9 @@ struct Sums {
 
 // One warpgroup's product over `steps` blocks of K from the ring, kBlocks of each stage from `first_block` on. `row` is the thread's row in
 // the stage of its first tile, `release(stage)` gives a stage back, `group_scale(tile, half, step)` is the scale of row + 64 tile + 8 half.
-template <typename Stage, int kTokens, int kTiles, int kBlocks, int kStages, bool kGrouped, typename Release, typename GroupScale>
+// kEager: a stage is given back as soon as it can be, for a ring that memory fills; else when the next one's products are under way, so
+// that the tensor cores never wait.
+template <typename Stage, int kTokens, int kTiles, int kBlocks, int kStages, bool kGrouped, bool kEager, typename Release, typename GroupScale>
 __device__ __forceinline__ void multiply(Sums<kTokens, kTiles, kGrouped>& sums, Cursor<kStages>& cursor, const uint8_t* ring, uint64_t* full,
                                          int steps, int first_block, int row, int quad, Release release, GroupScale group_scale) {
   static_assert(kBlocks <= 2, "the loop takes two steps at a time");
@@ -163,8 +165,13 @@ __device__ __forceinline__ void multiply(Sums<kTokens, kTiles, kGrouped>& sums, 
           sums.scaled[tile][i] = fmaf(__int2float_rn(sums.whole[tile][i]), scales[tile][i / 2 % 2], sums.scaled[tile][i]);
       }
     } else {
-      wgmma_wait<1>();  // the step before has read its stage and its registers
-      if (block == 0) {
+      if (kEager && last_of_stage) {
+        wgmma_wait<0>();
+        release(stage);
+      } else {
+        wgmma_wait<1>();  // the step before has read its stage and its registers
+      }
+      if (!kEager && block == 0) {
         if (previous >= 0) release(previous);
         previous = stage;
       }
@@ -179,7 +186,7 @@ __device__ __forceinline__ void multiply(Sums<kTokens, kTiles, kGrouped>& sums, 
   if (kBlocks == 1 && index < steps) step(a[0], a[1], index, 0);
   if constexpr (!kGrouped) {
     wgmma_wait<0>();
-    release(previous);
+    if (!kEager) release(previous);
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) settle(sums.whole[tile]);
   }
@@ -215,6 +222,7 @@ __device__ __forceinline__ void multiply_in_halves(Sums<kTokens, 1, true>& sums,
     for (int i = 0; i < kHalf / 2; ++i) {
       float& sum = sums.scaled[0][half * (kHalf / 2) + i];
       sum = fmaf(__int2float_rn(whole[half][i]), scales[i / 2 % 2], sum);
+      asm volatile("" : "+f"(sum)::"memory");  // now, not behind the next wait
     }
   };
   barrier_wait(&full[cursor.stage], cursor.parity);
@@ -224,13 +232,13 @@ __device__ __forceinline__ void multiply_in_halves(Sums<kTokens, 1, true>& sums,
     issue(now, 0, stage);
     issue(now, 1, stage);
     const float scales[2] = {group_scale(0, 0, index), group_scale(0, 1, index)};
+    wgmma_wait<1>();
+    scale(0, scales);
     cursor.advance();
     if (index + 1 < steps) {
       barrier_wait(&full[cursor.stage], cursor.parity);
       load(next, cursor.stage);
     }
-    wgmma_wait<1>();
-    scale(0, scales);
     wgmma_wait<0>();
     release(stage);
     scale(1, scales);
@@ -387,7 +395,7 @@ __global__ void __launch_bounds__(kConsumers + 128, 1)
         multiply_in_halves<Stage>(sums, cursor, shared.ring, shared.full, p.steps, row, quad, release,
                                   [&](int, int half, int step) { return __ldg(group_scales[half] + step); });
       } else {
-        multiply<Stage, kTokens, kTiles, 1, kStages, false>(sums, cursor, shared.ring, shared.full, p.steps, 0, row, quad, release,
+        multiply<Stage, kTokens, kTiles, 1, kStages, false, false>(sums, cursor, shared.ring, shared.full, p.steps, 0, row, quad, release,
                                                             [](int, int, int) { return 1.f; });
       }
 
@@ -562,7 +570,7 @@ __global__ void __launch_bounds__(128 * kFewWarpgroups<kTokens, kGrouped> + 32, 
   const int row = threadIdx.x / 128 % kTiles * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
   Cursor<kStages> cursor;
   Sums<kTokens, 1, kGrouped> sums;
-  multiply<Stage, kTokens, 1, Kernel::kMine, kStages, kGrouped>(
+  multiply<Stage, kTokens, 1, Kernel::kMine, kStages, kGrouped, true>(
       sums, cursor, shared.ring, shared.full, stages * Kernel::kMine, slot * Kernel::kMine, row, quad,
       [&](int stage) {
         if (lane == 0) barrier_arrive(&shared.empty[stage]);
@@ -697,32 +705,27 @@ fq_status launch_many(const fq_w4a4_gemm_params& p, const Device& device, cudaSt
   return launch_kernel(many_tokens<kTokens, kTiles, kStages, kGrouped>, launch, stream, w_map, q_map, y_map, problem_of(p));
 }
 
-// How few_tokens shares out the work: blocks of `rows` channels (a multiple of 16) and a `splits`-th of K.
+// How few_tokens shares out the work: blocks of `rows` channels (a multiple of 16) and a `splits`-th of K; `cost` in bytes that a
+// multiprocessor takes in: weights from memory, tokens from the second-level cache, and what adding up and a second wave take in the meantime.
 struct Shares {
   int rows, splits;
+  double cost;
 };
 
-Shares share_out(int64_t n, int64_t steps, int64_t token_tiles, int tokens, int most_rows, int multiprocessors) {
-  Shares best = {128, 1};
-  double least = 1e30;
-  for (int splits = 1; splits <= std::max<int64_t>(1, std::min<int64_t>(8, steps / 4)); splits *= 2) {
-    // Clusters of more than two lose the multiprocessors that do not make up one in their part of the chip.
-    const int64_t blocks = std::max<int64_t>(1, (splits > 2 ? multiprocessors * 9 / 10 : multiprocessors) / splits / token_tiles);
-    for (int64_t waves = 1; waves <= 64; ++waves) {
-      const int64_t rows = ((n + blocks * waves - 1) / (blocks * waves) + 15) / 16 * 16;
-      if (rows > most_rows) continue;
-      // Bytes a multiprocessor takes in: weights from memory, tokens from the second-level cache; adding up costs about half a microsecond.
-      const double bytes = (rows * 64. + tokens * 128. * 0.4) * double((steps + splits - 1) / splits) * waves;
-      const double cost = bytes + (splits > 1 ? 20e3 : 0) + 60e3 * (waves - 1);
-      if (cost < least) {
-        least = cost;
-        best = {int(rows), splits};
-      }
-      break;
-    }
+Shares share_out(const fq_w4a4_gemm_params& p, int tokens, int most_rows, int splits, int multiprocessors) {
+  const int64_t steps = p.k / kBlockK, token_tiles = (p.m + tokens - 1) / tokens;
+  // Clusters of more than two lose the multiprocessors that do not make up one in their part of the chip.
+  const int64_t blocks = std::max<int64_t>(1, (splits > 2 ? multiprocessors * 9 / 10 : multiprocessors) / splits / token_tiles);
+  int64_t waves = 0, rows = most_rows + 1;
+  while (rows > most_rows) {
+    ++waves;
+    rows = ((p.n + blocks * waves - 1) / (blocks * waves) + 15) / 16 * 16;
   }
-  return best;
+  const double bytes = (rows * 64. + tokens * 128. * 0.3) * double((steps + splits - 1) / splits) * double(waves);
+  return {int(rows), splits, bytes + (splits > 1 ? 80e3 : 0) + 60e3 * double(waves - 1)};
 }
+
+constexpr int kMostSplits = 8;
 
 template <int kTokens, int kTiles, bool kGrouped>
 fq_status launch_few_rows(const fq_w4a4_gemm_params& p, Shares shares, cudaStream_t stream) {
@@ -737,35 +740,40 @@ fq_status launch_few_rows(const fq_w4a4_gemm_params& p, Shares shares, cudaStrea
 }
 
 template <int kTokens, bool kGrouped>
-fq_status launch_few(const fq_w4a4_gemm_params& p, const Device& device, cudaStream_t stream) {
+fq_status launch_few(const fq_w4a4_gemm_params& p, const Device& device, int splits, cudaStream_t stream) {
   constexpr int kMostTiles = kFewWarpgroups<kTokens, kGrouped>;
-  const Shares shares = share_out(p.n, p.k / kBlockK, (p.m + kTokens - 1) / kTokens, kTokens, 64 * kMostTiles, device.multiprocessors);
+  Shares shares = share_out(p, kTokens, 64 * kMostTiles, 1, device.multiprocessors);
+  for (int more = 2; more <= std::min(kMostSplits, splits != 0 ? splits : kMostSplits) && p.k / kBlockK >= 4 * more; more *= 2) {
+    const Shares other = share_out(p, kTokens, 64 * kMostTiles, more, device.multiprocessors);
+    if (splits != 0 || other.cost < shares.cost) shares = other;
+  }
   if (shares.rows > 128) return launch_few_rows<kTokens, kMostTiles, kGrouped>(p, shares, stream);
   if (shares.rows > 64) return launch_few_rows<kTokens, 2, kGrouped>(p, shares, stream);
   return launch_few_rows<kTokens, 1, kGrouped>(p, shares, stream);
 }
 
 template <bool kGrouped>
-fq_status launch_few_tokens(const fq_w4a4_gemm_params& p, const Device& device, cudaStream_t stream) {
-  if (p.m <= 16) return launch_few<16, kGrouped>(p, device, stream);
-  if (p.m <= 32) return launch_few<32, kGrouped>(p, device, stream);
-  return launch_few<64, kGrouped>(p, device, stream);
+fq_status launch_few_tokens(const fq_w4a4_gemm_params& p, const Device& device, int splits, cudaStream_t stream) {  // 0: from the shape
+  if (p.m <= 16) return launch_few<16, kGrouped>(p, device, splits, stream);
+  if (p.m <= 32) return launch_few<32, kGrouped>(p, device, splits, stream);
+  return launch_few<64, kGrouped>(p, device, splits, stream);
 }
 
-enum Tactic { kFew = 1, kMany256x128, kMany128x256, kMany128x128, kTactics = kMany128x128 };
+// 1 to 4: few tokens with K in at most 1, 2, 4 or 8 parts; the others are tiles of channels x tokens.
+enum Tactic { kFew1 = 1, kFew8 = 4, kMany256x128, kMany128x256, kMany128x128, kTactics = kMany128x128 };
 
 // Time in the units of a 128 x 128 tile of the tensor cores: waves of tiles, each with a share for its beginning and its end.
-int choose(const fq_w4a4_gemm_params& p, const Device& device) {
-  if (p.m <= 64) return kFew;
+Tactic choose_tile(const fq_w4a4_gemm_params& p, const Device& device) {
   if (p.groups > 1) return kMany128x128;
   const auto cost = [&](int64_t rows, int64_t tokens, double overhead) {
     const int64_t tiles = (p.n + 2 * rows - 1) / (2 * rows) * ((p.m + tokens - 1) / tokens);
     const int64_t clusters = device.multiprocessors / kPair;
     return double((tiles + clusters - 1) / clusters) * (double(rows * tokens) / (128 * 128) + overhead);
   };
-  const double big = cost(256, 128, 0.1), wide = cost(128, 256, 0.1), small = cost(128, 128, 0.25);
+  const double big = cost(256, 128, 0.1), wide = cost(128, 256, 0.1), small = cost(128, 128, 0.15);
   if (small < std::min(big, wide)) return kMany128x128;
-  return big <= wide ? kMany256x128 : kMany128x256;
+  if (big != wide) return big < wide ? kMany256x128 : kMany128x256;
+  return p.m > 4096 ? kMany256x128 : kMany128x256;  // as measured
 }
 
 const char* fits(const fq_w4a4_gemm_params& p, const Device& device) {
@@ -778,11 +786,12 @@ const char* fits(const fq_w4a4_gemm_params& p, const Device& device) {
 }
 
 fq_status launch(const fq_w4a4_gemm_params& p, const Device& device, cudaStream_t stream) {
-  const int tactic = p.tactic != 0 ? p.tactic : choose(p, device);
-  if (p.groups > 1) return tactic == kFew ? launch_few_tokens<true>(p, device, stream) : launch_many<128, 1, 6, true>(p, device, stream);
-  switch (tactic) {
-    case kFew:
-      return launch_few_tokens<false>(p, device, stream);
+  if (p.tactic != 0 ? p.tactic <= kFew8 : p.m <= 64) {
+    const int splits = p.tactic != 0 ? 1 << (p.tactic - kFew1) : 0;
+    return p.groups > 1 ? launch_few_tokens<true>(p, device, splits, stream) : launch_few_tokens<false>(p, device, splits, stream);
+  }
+  if (p.groups > 1) return launch_many<128, 1, 6, true>(p, device, stream);
+  switch (p.tactic != 0 ? p.tactic : choose_tile(p, device)) {
     case kMany256x128:
       return launch_many<128, 2, 5, false>(p, device, stream);
     case kMany128x256:
