@@ -22,6 +22,7 @@ from fqonnx.cli.main import program
 from fqonnx.engines import Profile
 from fqonnx.errors import DataError, UsageError
 from fqonnx.recipe import Recipe
+from tests import rewriting
 from tests.cli_support import FAST, K, environment, one_line, run, run_process, write_data, write_language_model, write_mlp
 
 if TYPE_CHECKING:
@@ -398,6 +399,28 @@ def test_a_target_stores_operands_for_its_kernels(tmp_path: Path) -> None:
     assert {(kernel["kernel"], kernel["container"], kernel["layout"], kernel["why"]) for kernel in kernels} == {
         ("mma_s4", "packed", "plain", None)
     }
+
+
+@pytest.mark.parametrize(("transform", "code"), [("hadamard", 1), ("none", 0)])
+def test_a_group_that_the_target_has_no_kernel_for_is_told_before_the_work(tmp_path: Path, transform: str, code: int) -> None:
+    """263 is a prime: its only pair of factors is wider than kernels take."""
+    builder = rewriting.Builder()
+    builder.output(builder.linear(builder.input("x", ["batch", 263]), 263, 40, "fc"), ["batch", 40])
+    onnx.save(builder.model(), tmp_path / "model.onnx")
+    options = ("--random-calibration", "--calib-samples", "2", "--transform", transform, "--weights", "rtn", "--target", "sm90")
+    done = run("build", tmp_path / "model.onnx", "-o", tmp_path / "out", *options)
+    assert done.code == code, done.stderr
+    if code:
+        assert "group 'fc': no kernel transforms K = 263 by 1 x 263, factors are at most 256: leave it in float (--keep)" in done.stderr
+        assert not (tmp_path / "out").exists()
+    else:
+        (group,) = open_artifact(tmp_path / "out").groups
+        assert {key: group["kernel"][key] for key in ("kernel", "layout", "n", "k")} == {
+            "kernel": "mma_s8",
+            "layout": "plain",
+            "n": 48,
+            "k": 272,
+        }
 
 
 def test_an_engine_is_built_for_the_shapes_of_the_data(tmp_path: Path) -> None:

@@ -291,7 +291,7 @@ def test_every_node_is_the_reference(gpu: str, name: str, dtype: int, portable: 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("transform", [True, False], ids=["flat", "plain"])
-@pytest.mark.parametrize(("scheme", "group_size"), [("w4a8", 0), ("w4a4", 128), ("w4a4", 32)])
+@pytest.mark.parametrize(("scheme", "group_size"), [("w4a8", 0), ("w8a8", 0), ("w4a4", 128), ("w4a4", 32)])
 def test_every_scheme_is_the_reference(gpu: str, scheme: str, group_size: int, transform: bool) -> None:
     b = Builder(FP16)
     x = b.input("x", ["batch", "tokens", 256])
