@@ -4,9 +4,11 @@
 // to 16 bits, is its part of the left operand. T's largest magnitude, scale and codes follow in registers, and the codes go straight to
 // device memory: `right` lies in shared memory with its columns reordered so that the columns of T that a thread holds are neighbours.
 //
-// One warpgroup computes 64 rows of Z and T; one of them, or two where n1 > 64, are a team that works on a row of x, and teams take turns, so
-// that one's products run beside another's epilogue. Z is no larger than x, so that it does not leave the range of 16-bit types: the rows of
-// left^T are scaled by powers of two, which the epilogue takes back.
+// One warpgroup computes 64 rows of Z and T. One of them, or two where n1 > 64, are a team that works on a row of x; teams take turns, so that
+// one's products run beside another's epilogue. Where n1 <= 32 a team works on two rows at once: X is then one above the other and left^T
+// stands twice on the diagonal.
+//
+// Where a row of T is not finite it is computed again, with care: Z may have left fp16's range, or the other row may hold the NaN.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -30,6 +32,7 @@ constexpr int kMostStages = 24;         // rows of x in flight
 constexpr int kMostWarps = 16;
 constexpr int kMostTeams = 4;
 constexpr int kAlignment = 1024;        // of what the copy engine swizzles
+constexpr float kCare = 1.0f / 4096;    // what Z is multiplied by where it was too large
 constexpr uint32_t kAllLanes = 0xFFFFFFFF;
 
 struct Problem {
@@ -42,32 +45,38 @@ struct Problem {
   int rows, n1, n2;
   int stages;
   float qmax;
+  float levels, offset, base, quarter_of_level;  // see Rounding
   bool float_factors, packed;
 };
 
-// A kernel's shape: n1 up to kN1, a multiple of 16, and n2 up to kN2; kTeams teams to a block. kLeftInRegisters: left^T stays in registers,
-// where there is no room for it in shared memory.
-template <int kN1_, int kN2_, int kTeams_, bool kLeftInRegisters_ = false>
+// A kernel's shape: n1 up to kN1, a multiple of 16, and n2 up to kN2; kRows rows of x at once, kTeams teams to a block. kLeftInRegisters:
+// left^T stays in registers, where there is no room for it in shared memory.
+template <int kN1_, int kN2_, int kRows_, int kTeams_, bool kLeftInRegisters_ = false>
 struct Shape {
-  static constexpr int kN1 = kN1_, kN2 = kN2_, kTeams = kTeams_;
+  static constexpr int kN1 = kN1_, kN2 = kN2_, kRows = kRows_, kTeams = kTeams_;
   static constexpr bool kLeftInRegisters = kLeftInRegisters_;
-  static constexpr int kTiles = (kN1 + kTile - 1) / kTile;  // warpgroups of a team
+  static constexpr int kM = kRows * kN1;                   // rows of the products, and K of the first
+  static constexpr int kTiles = (kM + kTile - 1) / kTile;  // warpgroups of a team
   static constexpr int kTeamThreads = kTiles * kWarpgroup;
+  static constexpr int kTeamWarps = kTeamThreads / kWarp;
+  static constexpr int kRowWarps = kTeamWarps / kRows;  // that work on one row of x
   static constexpr int kThreads = kTeams * kTeamThreads;
   static constexpr int kBoxes = (kN2 + kTile - 1) / kTile;
-  static constexpr int kBoxBytes = kN1 * kBoxRow;
+  static constexpr int kBoxBytes = kM * kBoxRow;
   static constexpr int kStageBytes = kBoxes * kBoxBytes;
-  static constexpr int kLeftSteps = kN1 / 16;   // of the first product along K
+  static constexpr int kLeftSteps = kM / 16;    // of the first product along K
   static constexpr int kRightSteps = kN2 / 16;  // of the second
   static constexpr int kLeftBytes = kLeftInRegisters ? 0 : kTiles * kBoxBytes;
   static constexpr int kRightBytes = kN2 * kN2 * 2;
   static_assert(kN1 % 16 == 0 && kN2 % 32 == 0 && kTiles <= kBoxes && kTeams <= kMostTeams && kThreads <= kMostWarps * kWarp);
+  static_assert(kRows == 1 || (kM == kTile && kN1 == 16 * kRowWarps));
 };
 
 struct Shared {
   uint64_t full[kMostStages];
   alignas(16) uint32_t largest[2][kMostTeams][8];  // of a warp's part of T, as bits; two rows' worth, so that one barrier a row is enough
   uint32_t largest_factor[2][kMostWarps];          // of left and right, as bits
+  uint32_t not_finite[kMostTeams][2];              // whether a row of x holds NaN or Inf, while it is computed with care
 };
 
 template <typename Element>
@@ -110,35 +119,18 @@ __device__ __forceinline__ int exponent_above(float bound) {
 
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
-// Multiplies both values of a pair by a power of two.
-__device__ __forceinline__ uint32_t scale_pair(uint32_t pair, __half power) {
-  const __half2 scaled = __hmul2(*reinterpret_cast<const __half2*>(&pair), __half2half2(power));
-  return *reinterpret_cast<const uint32_t*>(&scaled);
-}
-__device__ __forceinline__ uint32_t scale_pair(uint32_t pair, __nv_bfloat16 power) {
-  const __nv_bfloat162 scaled = __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&pair), __bfloat162bfloat162(power));
-  return *reinterpret_cast<const uint32_t*>(&scaled);
+// 1 / value to the last bit or two; of what is normal itself.
+__device__ __forceinline__ float reciprocal(float value) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
 }
 
-__device__ __forceinline__ float sum_magnitudes(uint32_t pair, __half) {
-  const float2 values = __half22float2(*reinterpret_cast<const __half2*>(&pair));
-  return fabsf(values.x) + fabsf(values.y);
-}
-__device__ __forceinline__ float sum_magnitudes(uint32_t pair, __nv_bfloat16) {
-  const float2 values = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
-  return fabsf(values.x) + fabsf(values.y);
-}
-
-// Four 8 x 8 matrices of 16-bit values, transposed; each of the 32 lanes has the address of a row of 16 bytes.
+// Four 8 x 8 matrices of 16-bit values, transposed; each lane has the address of a row of 16 bytes.
 __device__ __forceinline__ void load_transposed(uint32_t (&registers)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
                : "r"(address)
-               : "memory");
-}
-__device__ __forceinline__ void store_transposed(uint32_t address, const uint32_t (&registers)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(registers[0]), "r"(registers[1]),
-               "r"(registers[2]), "r"(registers[3])
                : "memory");
 }
 
@@ -214,60 +206,66 @@ __device__ __forceinline__ int right_offset(int k, int n) {
 template <typename Element, typename Factor, typename S, typename Then>
 __device__ __forceinline__ void store_factors(uint8_t* to_left, uint8_t* to_right, Shared& shared, const Problem& problem, const Then& then) {
   constexpr int kChunks = 8 * S::kTiles;  // of eight columns, in a row of left
-  constexpr int kLeftTasks = (S::kN1 * kChunks + S::kThreads - 1) / S::kThreads;
+  constexpr int kLeftTasks = (S::kM * kChunks + S::kThreads - 1) / S::kThreads;
   constexpr int kEights = S::kN2 / 8;
-  constexpr int kRounds = (kEights * kEights + S::kThreads - 1) / S::kThreads;
+  constexpr int kRightTasks = (kEights * kEights + S::kThreads - 1) / S::kThreads;
+  constexpr int kTogether = sizeof(Factor) == 2 ? kRightTasks : 1;  // tasks whose values are in registers at once
   const Factor* const left = static_cast<const Factor*>(problem.left);
   const Factor* const right = static_cast<const Factor*>(problem.right);
+  const int n1 = problem.n1, n2 = problem.n2;
   float largest[2] = {0.0f, 0.0f};
 
   Eight<Factor> chunks[kLeftTasks];
-  if (problem.n1 % 8 == 0 && reinterpret_cast<uintptr_t>(left) % 16 == 0) {
+  const bool vectors = n1 % 8 == 0 && reinterpret_cast<uintptr_t>(left) % 16 == 0;
 #pragma unroll
-    for (int i = 0; i < kLeftTasks; ++i) {
-      const int task = threadIdx.x + i * S::kThreads, k = task / kChunks, m = task % kChunks * 8;
-      chunks[i].load(left + k * problem.n1 + m, k < problem.n1 && m < problem.n1);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kLeftTasks; ++i) {
-      const int task = threadIdx.x + i * S::kThreads, k = task / kChunks, m = task % kChunks * 8;
-      chunks[i].load_some(left + k * problem.n1 + m, k < problem.n1 ? problem.n1 - m : 0);
-    }
+  for (int i = 0; i < kLeftTasks; ++i) {
+    const int task = threadIdx.x + i * S::kThreads, k = task / kChunks, m = task % kChunks * 8;
+    const int block_k = S::kRows == 1 ? k : k % S::kN1, block_m = S::kRows == 1 ? m : m % S::kN1;
+    const bool inside = k - block_k == m - block_m && block_k < n1 && block_m < n1;
+    if (vectors)
+      chunks[i].load(left + block_k * n1 + block_m, inside);
+    else
+      chunks[i].load_some(left + block_k * n1 + block_m, inside ? n1 - block_m : 0);
   }
 #pragma unroll 1
-  for (int round = 0; round < kRounds; ++round) {
-    const int task = threadIdx.x + round * S::kThreads, k = task / kEights, column = task % kEights * 8;
-    Eight<Factor> rows[8];
+  for (int first = 0; first < kRightTasks; first += kTogether) {
+    Eight<Factor> rows[kTogether][8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-      rows[i].load(right + (8 * k + i) * problem.n2 + column, 8 * k < problem.n2 && column < problem.n2);  // n2 is a multiple of 16
-    if (round == 0) {
+    for (int j = 0; j < kTogether; ++j) {
+      const int task = threadIdx.x + (first + j) * S::kThreads, k = task / kEights * 8, column = task % kEights * 8;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) rows[j][i].load(right + (k + i) * n2 + column, k < n2 && column < n2);  // n2 is a multiple of 16
+    }
+    if (first == 0) {
       then();
 #pragma unroll
       for (int i = 0; i < kLeftTasks; ++i) {
-        const int left_task = threadIdx.x + i * S::kThreads, left_k = left_task / kChunks, chunk = left_task % kChunks;
-        if (left_k >= S::kN1) break;
+        const int task = threadIdx.x + i * S::kThreads, k = task / kChunks, m = task % kChunks * 8;
+        if (k >= S::kM) break;
         uint4 words;
         words.x = pair_of<Element>(chunks[i], 0, chunks[i], 1);
         words.y = pair_of<Element>(chunks[i], 2, chunks[i], 3);
         words.z = pair_of<Element>(chunks[i], 4, chunks[i], 5);
         words.w = pair_of<Element>(chunks[i], 6, chunks[i], 7);
-        *reinterpret_cast<uint4*>(to_left + left_offset<S>(left_k, 8 * chunk)) = words;
+        *reinterpret_cast<uint4*>(to_left + left_offset<S>(k, m)) = words;
         if constexpr (sizeof(Factor) == 4) largest[0] = fmaxf(largest[0], chunks[i].largest());
       }
     }
-    if (task >= kEights * kEights) break;
-    uint8_t* const to = to_right + right_offset<S>(8 * k, column);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      uint4 words;
-      words.x = pair_of<Element>(rows[0], i, rows[1], i);
-      words.y = pair_of<Element>(rows[2], i, rows[3], i);
-      words.z = pair_of<Element>(rows[4], i, rows[5], i);
-      words.w = pair_of<Element>(rows[6], i, rows[7], i);
-      *reinterpret_cast<uint4*>(to + i / 2 * 128 + i % 2 * 16) = words;
-      if constexpr (sizeof(Factor) == 4) largest[1] = fmaxf(largest[1], rows[i].largest());
+    for (int j = 0; j < kTogether; ++j) {
+      const int task = threadIdx.x + (first + j) * S::kThreads, k = task / kEights * 8, column = task % kEights * 8;
+      if (k >= S::kN2) break;
+      uint8_t* const to = to_right + right_offset<S>(k, column);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        uint4 words;
+        words.x = pair_of<Element>(rows[j][0], i, rows[j][1], i);
+        words.y = pair_of<Element>(rows[j][2], i, rows[j][3], i);
+        words.z = pair_of<Element>(rows[j][4], i, rows[j][5], i);
+        words.w = pair_of<Element>(rows[j][6], i, rows[j][7], i);
+        *reinterpret_cast<uint4*>(to + i / 2 * 128 + i % 2 * 16) = words;
+        if constexpr (sizeof(Factor) == 4) largest[1] = fmaxf(largest[1], rows[j][i].largest());
+      }
     }
   }
   if constexpr (sizeof(Factor) == 4) {
@@ -285,8 +283,12 @@ __device__ void store_scaled_factors(uint8_t* to_left, uint8_t* to_right, const 
   const float* const left = static_cast<const float*>(problem.left);
   const float* const right = static_cast<const float*>(problem.right);
 #pragma unroll 1
-  for (int i = threadIdx.x; i < problem.n1 * problem.n1; i += S::kThreads)
-    *reinterpret_cast<__half*>(to_left + left_offset<S>(i / problem.n1, i % problem.n1)) = __float2half_rn(left[i] * left_multiplier);
+  for (int i = threadIdx.x; i < problem.n1 * problem.n1; i += S::kThreads) {
+    for (int row = 0; row < S::kRows; ++row) {
+      const int k = row * S::kN1 + i / problem.n1, m = row * S::kN1 + i % problem.n1;
+      *reinterpret_cast<__half*>(to_left + left_offset<S>(k, m)) = __float2half_rn(left[i] * left_multiplier);
+    }
+  }
 #pragma unroll 1
   for (int i = threadIdx.x; i < problem.n2 * problem.n2; i += S::kThreads)
     *reinterpret_cast<__half*>(to_right + right_offset<S>(i / problem.n2, i % problem.n2)) = __float2half_rn(right[i] * right_multiplier);
@@ -325,8 +327,7 @@ __device__ __forceinline__ void store_words(uint8_t* to, const uint32_t (&words)
 
 // How T becomes codes: code = levels * saturate(t * multiplier + offset) + base, rounded by the addition of 1.5 * 2^23 in `base`.
 struct Rounding {
-  float multiplier[2];  // for each of a thread's two rows of T
-  float offset, levels, base;
+  float multiplier, offset, levels, base;
 };
 
 // The codes of kWidth / 4 neighbouring columns in each of two rows.
@@ -342,7 +343,7 @@ __device__ __forceinline__ void store_run(const float (&t)[kRegisters], const Ro
       float codes[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float share = multiply_add_saturate(t[4 * (8 * kRun + 2 * w + i / 2) + 2 * h + i % 2], rounding.multiplier[h], rounding.offset);
+        const float share = multiply_add_saturate(t[4 * (8 * kRun + 2 * w + i / 2) + 2 * h + i % 2], rounding.multiplier, rounding.offset);
         codes[i] = fmaf(share, rounding.levels, rounding.base);
       }
       words[w] = four_bytes(codes);
@@ -363,10 +364,36 @@ __device__ __forceinline__ void store_runs(const float (&t)[kRegisters], const R
   }
 }
 
+// Sets the rows of x in a stage that hold NaN or Inf to zero and returns which they were; all threads of the team call it.
+template <typename S>
+__device__ __forceinline__ uint32_t clear_not_finite(uint8_t* stage, uint32_t (&not_finite)[2], uint32_t exponent_mask, int team) {
+  static_assert(S::kRows <= 2);
+  constexpr int kWords = S::kStageBytes / 4;
+  const auto row_of = [](int word) { return word * 4 % S::kBoxBytes / (S::kN1 * kBoxRow); };
+  uint32_t* const words = reinterpret_cast<uint32_t*>(stage);
+  const int thread = threadIdx.x % S::kTeamThreads;
+  if (thread < 2) not_finite[thread] = 0;
+  named_barrier(1 + team, S::kTeamThreads);
+#pragma unroll 1
+  for (int i = thread; i < kWords; i += S::kTeamThreads) {
+    const uint32_t low = exponent_mask & 0xFFFF, high = exponent_mask & 0xFFFF0000;
+    if ((words[i] & low) == low || (words[i] & high) == high) not_finite[row_of(i)] = 1;
+  }
+  named_barrier(1 + team, S::kTeamThreads);
+  const uint32_t found = not_finite[0] | not_finite[1] << 1;
+#pragma unroll 1
+  for (int i = thread; i < kWords; i += S::kTeamThreads)
+    if (found >> row_of(i) & 1) words[i] = 0;
+  fence_async_shared();
+  named_barrier(1 + team, S::kTeamThreads);
+  return found;
+}
+
 template <typename Element, typename S>
 __global__ void __launch_bounds__(S::kThreads, 1) flat_quantize(const __grid_constant__ CUtensorMap x, const Problem problem) {
   constexpr bool kHalf = std::is_same_v<Element, __half>;
   constexpr int kRegisters = S::kN2 / 2;
+  constexpr uint32_t kInfinity = 0x7F800000;
   extern __shared__ __align__(kAlignment) uint8_t shared_memory[];
   uint8_t* const after_stages = shared_memory + problem.stages * S::kStageBytes;
   uint8_t* const left = S::kLeftInRegisters ? after_stages - S::kStageBytes : after_stages;
@@ -374,39 +401,42 @@ __global__ void __launch_bounds__(S::kThreads, 1) flat_quantize(const __grid_con
   Shared& shared = *reinterpret_cast<Shared*>(right + S::kRightBytes);
 
   const int team = threadIdx.x / S::kTeamThreads;
-  const int warp = threadIdx.x / kWarp % (4 * S::kTiles);  // of the team
+  const int warp = threadIdx.x / kWarp % S::kTeamWarps;
   const int lane = threadIdx.x % kWarp;
-  const int tile_row = 16 * warp + lane / 4;  // the first of two, eight apart
-  const bool leads = threadIdx.x % S::kTeamThreads == 0;
 
-  // Rows of x by the number of their turn in this block.
-  const int turns = (problem.rows - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x);
+  // Rows of x, or pairs of them, by the number of their turn in this block.
+  const int groups = (problem.rows + S::kRows - 1) / S::kRows;
+  const int turns = (groups - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x);
+  const auto group_of = [](int turn) { return int(blockIdx.x) + turn * int(gridDim.x); };
   const auto fetch = [&](int turn, int stage) {
     barrier_expect(&shared.full[stage], S::kStageBytes);
 #pragma unroll
     for (int box = 0; box < S::kBoxes; ++box)
-      copy_box(shared_memory + stage * S::kStageBytes + box * S::kBoxBytes, &x, &shared.full[stage], box * kTile, 0,
-               int(blockIdx.x) + turn * int(gridDim.x), Keep::kFirstOut);
+      copy_box(shared_memory + stage * S::kStageBytes + box * S::kBoxBytes, &x, &shared.full[stage], box * kTile, 0, group_of(turn) * S::kRows,
+               Keep::kFirstOut);
   };
-  const int early_stages = S::kLeftInRegisters ? problem.stages - 1 : problem.stages;  // the last one holds left for a while
   if (threadIdx.x == 0) {
-    prefetch_tensor_map(&x);
+#pragma unroll 1
     for (int stage = 0; stage < problem.stages; ++stage) barrier_init(&shared.full[stage], 1);
     fence_barrier_init();
   }
   const float clip = problem.clip_ptr != nullptr ? *problem.clip_ptr : problem.clip;
 
   // The factors are asked for before x: what is asked for later comes later.
+  const int early_stages = S::kLeftInRegisters ? problem.stages - 1 : problem.stages;  // the last one holds left for a while
   const auto fetch_first = [&] {
-    if (threadIdx.x == 0)
+    if (threadIdx.x == 0) {
+#pragma unroll 1
       for (int turn = 0; turn < min(turns, early_stages); ++turn) fetch(turn, turn);
+    }
   };
-  int left_exponent = 0, right_exponent = 0;  // of what fp32 factors were multiplied with to be in fp16's range
   if (problem.float_factors)
     store_factors<Element, float, S>(left, right, shared, problem, fetch_first);
   else
     store_factors<Element, Element, S>(left, right, shared, problem, fetch_first);
+  fence_async_shared();
   __syncthreads();
+  float power = 1.0f;  // that fp32 factors were divided by to be in fp16's range
   if (kHalf && problem.float_factors) {
     uint32_t largest[2] = {0, 0};
 #pragma unroll
@@ -416,82 +446,50 @@ __global__ void __launch_bounds__(S::kThreads, 1) flat_quantize(const __grid_con
     }
     const auto awkward = [](uint32_t bits) { return __uint_as_float(bits) > 32768.0f || __uint_as_float(bits) < 0.0078125f; };
     if (awkward(largest[0]) || awkward(largest[1])) {
-      left_exponent = exponent_above(__uint_as_float(largest[0]));
-      right_exponent = exponent_above(__uint_as_float(largest[1]));
+      const int left_exponent = exponent_above(__uint_as_float(largest[0])), right_exponent = exponent_above(__uint_as_float(largest[1]));
       store_scaled_factors<S>(left, right, problem, power_of_two(-left_exponent), power_of_two(-right_exponent));
+      power = power_of_two(max(-126, min(127, left_exponent + right_exponent)));
+      fence_async_shared();
       __syncthreads();
     }
   }
-
-  // The sums of magnitudes in this thread's two rows of left^T, and their scaling.
   uint32_t in_registers[S::kLeftInRegisters ? S::kLeftSteps : 1][4];
-  float power[2];
-  {
+  if constexpr (S::kLeftInRegisters) {
     const int chunk = 2 * (warp % 4) + lane / 8 % 2;
     const uint32_t address = shared_address(left) + warp / 4 * S::kBoxBytes + (lane / 16 * 8 + lane % 8) * kBoxRow + (chunk ^ lane % 8) * 16;
-    float sums[2] = {0.0f, 0.0f};
-    const auto add = [&](const uint32_t (&part)[4]) {
-      sums[0] += sum_magnitudes(part[0], Element()) + sum_magnitudes(part[2], Element());
-      sums[1] += sum_magnitudes(part[1], Element()) + sum_magnitudes(part[3], Element());
-    };
 #pragma unroll
-    for (int s = 0; s < S::kLeftSteps; ++s) {
-      uint32_t part[4];
-      load_transposed(S::kLeftInRegisters ? in_registers[s] : part, address + s * 16 * kBoxRow);
-      add(S::kLeftInRegisters ? in_registers[s] : part);
-    }
-    Element down[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      sums[h] += __shfl_xor_sync(kAllLanes, sums[h], 1);
-      sums[h] += __shfl_xor_sync(kAllLanes, sums[h], 2);
-      const int limit = kHalf ? 15 : 100;  // of what Element holds
-      const int exponent = max(-limit, min(limit + 8, exponent_above(sums[h])));
-      down[h] = Element(power_of_two(-exponent));
-      power[h] = power_of_two(max(-126, min(127, exponent + left_exponent + right_exponent)));
-    }
-    const auto scale_down = [&](uint32_t (&part)[4]) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) part[i] = scale_pair(part[i], down[i % 2]);
-    };
-    if constexpr (S::kLeftInRegisters) {
-#pragma unroll
-      for (int s = 0; s < S::kLeftSteps; ++s) scale_down(in_registers[s]);
-    } else {
-      __syncthreads();  // teams read the same
-      if (team == 0) {
-#pragma unroll
-        for (int s = 0; s < S::kLeftSteps; ++s) {
-          uint32_t part[4];
-          load_transposed(part, address + s * 16 * kBoxRow);
-          scale_down(part);
-          store_transposed(address + s * 16 * kBoxRow, part);
-        }
-      }
-    }
+    for (int s = 0; s < S::kLeftSteps; ++s) load_transposed(in_registers[s], address + s * 16 * kBoxRow);
     fence_async_shared();
     __syncthreads();
+    if (threadIdx.x == 0 && turns >= problem.stages) fetch(problem.stages - 1, problem.stages - 1);
   }
-  if (S::kLeftInRegisters && threadIdx.x == 0 && turns >= problem.stages) fetch(problem.stages - 1, problem.stages - 1);
+
+  const int part = S::kRows == 1 ? 0 : warp / S::kRowWarps;  // which of the rows at once is this warp's
+  const int warp_row = 16 * (warp % S::kRowWarps);           // of T
+  const int row = warp_row + lane / 4;                       // the first of this thread's two, eight apart
+  const bool inside[2] = {row < problem.n1, row + 8 < problem.n1};
+  const int64_t width = int64_t(problem.n1) * problem.n2;
+  const float least = problem.qmax * FLT_MIN;
 
   Rounding rounding;
-  rounding.levels = 2.0f * problem.qmax + 1.0f;
-  rounding.offset = (problem.qmax + 1.0f) / rounding.levels;
-  rounding.base = 12582912.0f - (problem.qmax + 1.0f);
-  const float power_of_level[2] = {power[0] / rounding.levels, power[1] / rounding.levels};
-  const bool inside[2] = {tile_row < problem.n1, tile_row + 8 < problem.n1};
+  rounding.levels = problem.levels;
+  rounding.offset = problem.offset;
+  rounding.base = problem.base;
 
   const uint64_t left_descriptor = descriptor_transposed_128b(shared_address(left) + warp / 4 * S::kBoxBytes, S::kBoxBytes);
   const uint64_t right_descriptor = descriptor_plain(shared_address(right), S::kN2 / 8 * 128, 128);
 
   int stage = team, phase = 0, parity = 0;
-  for (int turn = team; turn < turns; turn += S::kTeams, stage += S::kTeams, parity ^= 1) {
+  int attempt = 0;          // at this turn's rows: where T is not finite, Z may have been too large for fp16
+  uint32_t not_finite = 0;  // a bit for each of the rows at once that holds NaN or Inf, known from the second attempt on
+#pragma unroll 1
+  for (int turn = team; turn < turns;) {
     while (stage >= problem.stages) stage -= problem.stages, phase ^= 1;
-    const int row = int(blockIdx.x) + turn * int(gridDim.x);
+    uint8_t* const x_stage = shared_memory + stage * S::kStageBytes;
+    const uint64_t x_descriptor = descriptor_transposed_128b(shared_address(x_stage), S::kBoxBytes);
+    barrier_wait(&shared.full[stage], phase);
 
     float z[kRegisters], t[kRegisters];
-    const uint64_t x_descriptor = descriptor_transposed_128b(shared_address(shared_memory) + stage * S::kStageBytes, S::kBoxBytes);
-    barrier_wait(&shared.full[stage], phase);
     wgmma_fence();
 #pragma unroll
     for (int s = 0; s < S::kLeftSteps; ++s) {
@@ -505,6 +503,12 @@ __global__ void __launch_bounds__(S::kThreads, 1) flat_quantize(const __grid_con
     wgmma_wait<0>();
     settle(z);
 
+    // Unconditional where left is in registers: with a branch here, the compiler (13.0) gives them away after this product.
+    const float down = attempt == 0 ? 1.0f : attempt == 1 ? kCare : kCare * kCare;
+    if (S::kLeftInRegisters || attempt > 0) {
+#pragma unroll
+      for (int i = 0; i < kRegisters; ++i) z[i] *= down;
+    }
     uint32_t rounded[S::kRightSteps][4];
 #pragma unroll
     for (int s = 0; s < S::kRightSteps; ++s) {
@@ -520,29 +524,53 @@ __global__ void __launch_bounds__(S::kThreads, 1) flat_quantize(const __grid_con
     settle(t);
 
     float most[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (warp_row < problem.n1) {
 #pragma unroll
-    for (int i = 0; i < kRegisters; ++i) most[i % 4] = larger_magnitude(most[i % 4], t[i]);
-    const float row_most[2] = {larger_magnitude(most[0], most[1]) * power[0], larger_magnitude(most[2], most[3]) * power[1]};
-    const uint32_t warps_largest = warp_largest(__float_as_uint(larger_magnitude(row_most[0], row_most[1])));
+      for (int i = 0; i < kRegisters; ++i) most[i % 4] = larger_magnitude(most[i % 4], t[i]);
+    }
+    const uint32_t warps_largest =
+        warp_largest(__float_as_uint(larger_magnitude(larger_magnitude(most[0], most[1]), larger_magnitude(most[2], most[3]))));
     if (lane == 0) shared.largest[parity][team][warp] = warps_largest;
     named_barrier(1 + team, S::kTeamThreads);
-    if (leads && turn + problem.stages < turns) fetch(turn + problem.stages, stage);
-    uint32_t largest = 0;
+    uint32_t largest = 0, teams_largest = 0;
 #pragma unroll
-    for (int w = 0; w < 4 * S::kTiles; ++w) largest = max(largest, shared.largest[parity][team][w]);
+    for (int w = 0; w < S::kTeamWarps; ++w) {
+      const uint32_t value = shared.largest[parity][team][w];
+      teams_largest = max(teams_largest, value);
+      if (S::kRows > 1 && w / S::kRowWarps == part) largest = max(largest, value);
+    }
+    if (S::kRows == 1) largest = teams_largest;
+    parity ^= 1;
+    if (teams_largest >= kInfinity && attempt < 2) {
+      if (S::kRows > 1 && attempt == 0)
+        not_finite = clear_not_finite<S>(x_stage, shared.not_finite[team], kHalf ? 0x7C007C00 : 0x7F807F80, team);
+      ++attempt;
+      continue;
+    }
+    if (threadIdx.x % S::kTeamThreads == 0 && turn + problem.stages < turns) fetch(turn + problem.stages, stage);
+    if (not_finite >> part & 1) largest = 0x7FC00000;
 
-    const float step = __fdiv_rn(__fmul_rn(__uint_as_float(largest), clip), problem.qmax);
-    const bool zero = step < FLT_MIN;
-    const float scale = zero ? 1.0f : step <= FLT_MAX ? step : __uint_as_float(0x7FC00000);
-    if (leads) problem.scale[row] = scale;
-    const float inverse = zero ? 0.0f : __frcp_rn(scale);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) rounding.multiplier[h] = power_of_level[h] * inverse;
-
-    const int64_t first = row * (int64_t(problem.n1) * problem.n2) + tile_row * problem.n2;
-    const int64_t second = first + 8 * problem.n2;
-    uint8_t* const rows[2] = {problem.q + (problem.packed ? first / 2 : first), problem.q + (problem.packed ? second / 2 : second)};
-    store_runs<0, S::kN2>(t, rounding, rows, inside, problem.n2, lane % 4, problem.packed);
+    // step < FLT_MIN just where the product it is the quotient of is below FLT_MIN qmax; the codes need no exact quotient.
+    const float of_t = power * (attempt == 0 ? 1.0f : attempt == 1 ? 1 / kCare : 1 / kCare / kCare);  // what T was divided by
+    const float product = __fmul_rn(__uint_as_float(largest) * of_t, clip);
+    const bool zero = product < least;
+    rounding.multiplier = zero ? 0.0f : reciprocal(0.25f * product) * problem.quarter_of_level * of_t;
+    const int64_t index = int64_t(group_of(turn)) * S::kRows + part;
+    const bool present = S::kRows == 1 || index < problem.rows;
+    if (warp % S::kRowWarps == 0 && lane == 0 && present) {
+      const float step = __fdiv_rn(product, problem.qmax);
+      problem.scale[index] = zero ? 1.0f : step <= FLT_MAX ? step : __uint_as_float(0x7FC00000);
+    }
+    if (warp_row < problem.n1 && present) {
+      const int64_t first = index * width + row * problem.n2;
+      const int64_t second = first + 8 * problem.n2;
+      uint8_t* const rows[2] = {problem.q + (problem.packed ? first / 2 : first), problem.q + (problem.packed ? second / 2 : second)};
+      store_runs<0, S::kN2>(t, rounding, rows, inside, problem.n2, lane % 4, problem.packed);
+    }
+    turn += S::kTeams;
+    stage += S::kTeams;
+    attempt = 0;
+    not_finite = 0;
   }
 }
 
@@ -562,19 +590,19 @@ int stages_for(const Device& device) {
 template <typename Function>
 auto with_shape(int n1, int n2, const Function& function) {
   if (n2 <= 64) {
-    if (n1 <= 32) return function(Shape<32, 64, 4>());
-    if (n1 <= 64) return function(Shape<64, 64, 4>());
+    if (n1 <= 32) return function(Shape<32, 64, 2, 4>());
+    if (n1 <= 64) return function(Shape<64, 64, 1, 4>());
   }
   if (n2 <= 128) {
-    if (n1 <= 32) return function(Shape<32, 128, 4>());
-    if (n1 <= 48) return function(Shape<48, 128, 4>());
-    if (n1 <= 64) return function(Shape<64, 128, 4>());
-    if (n1 <= 96) return function(Shape<96, 128, 2>());
-    if (n1 <= 112) return function(Shape<112, 128, 2>());
-    return function(Shape<128, 128, 2>());
+    if (n1 <= 32) return function(Shape<32, 128, 2, 4>());
+    if (n1 <= 48) return function(Shape<48, 128, 1, 4>());
+    if (n1 <= 64) return function(Shape<64, 128, 1, 4>());
+    if (n1 <= 96) return function(Shape<96, 128, 1, 2>());
+    if (n1 <= 112) return function(Shape<112, 128, 1, 2>());
+    return function(Shape<128, 128, 1, 2>());
   }
-  if (n1 <= 64) return function(Shape<64, 224, 2>());
-  return function(Shape<128, 224, 1, true>());
+  if (n1 <= 64) return function(Shape<64, 224, 1, 2>());
+  return function(Shape<128, 224, 1, 1, true>());
 }
 
 constexpr int kLargestN1 = 128, kLargestN2 = 224;
@@ -601,7 +629,7 @@ fq_status launch_shape(const fq_flat_quantize_params& params, Problem problem, c
   const cuuint64_t row_bytes = params.rows == 1 ? n1 * n2 * 2 : cuuint64_t(params.x_stride) * 2;  // one row's stride need not be aligned
   CUtensorMap map;
   if (const fq_status status = make_tensor_map<3>(&map, params.x, kType, {n2, n1, cuuint64_t(params.rows)}, {n2 * 2, row_bytes},
-                                                  {kTile, S::kN1, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
+                                                  {kTile, S::kN1, S::kRows}, CU_TENSOR_MAP_SWIZZLE_128B);
       status != FQ_OK)
     return status;
   problem.stages = stages_for<S>(device);
@@ -610,7 +638,8 @@ fq_status launch_shape(const fq_flat_quantize_params& params, Problem problem, c
   if (const fq_status status = check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
       status != FQ_OK)
     return status;
-  const int blocks = problem.rows < device.multiprocessors ? problem.rows : device.multiprocessors;
+  const int groups = (problem.rows + S::kRows - 1) / S::kRows;
+  const int blocks = groups < device.multiprocessors ? groups : device.multiprocessors;
   kernel<<<blocks, S::kThreads, bytes, stream>>>(map, problem);
   return check(cudaGetLastError(), "flat_quantize");
 }
@@ -629,6 +658,10 @@ fq_status launch(const fq_flat_quantize_params& params, const Prologue&, const D
   problem.n2 = params.n2;
   problem.stages = 0;
   problem.qmax = params.bits == 4 ? 7.0f : 127.0f;
+  problem.levels = 2.0f * problem.qmax + 1.0f;
+  problem.offset = (problem.qmax + 1.0f) / problem.levels;
+  problem.quarter_of_level = 0.25f * problem.qmax / problem.levels;
+  problem.base = 12582912.0f - (problem.qmax + 1.0f);
   problem.float_factors = params.factor_dtype == FQ_FLOAT;
   problem.packed = params.container != FQ_INT8;
 

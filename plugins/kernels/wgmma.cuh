@@ -22,6 +22,13 @@ __device__ __forceinline__ void settle(float (&d)[kRegisters]) {
   for (int i = 0; i < kRegisters; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// Keeps a left operand that stays in registers where it is.
+template <int kSteps>
+__device__ __forceinline__ void settle(uint32_t (&a)[kSteps][4]) {
+#pragma unroll
+  for (int i = 0; i < kSteps * 4; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+}
+
 template <>
 struct Wgmma<__half, 64> {
   template <int kTransposedB>
