@@ -12,7 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fqonnx.errors import FqonnxError
+from benchmarks.timing import METHOD
+from fqonnx.errors import EngineError, FqonnxError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,7 @@ class Row:
         operations: Multiplications and additions; 0 where nobody counts them.
         target: Microseconds at most; None where there is no target.
         why: What the target is, in words.
+        wrong: What is wrong with a result of ours; empty where none is.
     """
 
     case: dict[str, Any]
@@ -41,6 +43,7 @@ class Row:
     operations: int = 0
     target: float | None = None
     why: str = ""
+    wrong: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -105,6 +108,25 @@ def _time(value: float | None, *, bold: bool) -> str:
 
 def _whole(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}"
+
+
+class WrongResultError(EngineError):
+    """A kernel's result is not what the operation means: its time would say nothing."""
+
+
+def report(title: str, rows: Sequence[Row], contenders: Sequence[str], *, as_json: bool, **about: Any) -> None:
+    """Print tables or JSON.
+
+    Raises:
+        WrongResultError: Results were; everything was printed nevertheless.
+    """
+    if as_json:
+        click.echo(document(rows, **about))
+    else:
+        show(title, rows, contenders)
+        click.echo(f"{METHOD}; floor: traffic at a copy's {about['copy_gb_s'] / 1e3:.2f} TB/s")
+    if wrong := [row.wrong for row in rows if row.wrong]:
+        raise WrongResultError(f"{len(wrong)} wrong results, not timed: {wrong[0]}")
 
 
 def run(program: Callable[[], object]) -> None:

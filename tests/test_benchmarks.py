@@ -14,9 +14,8 @@ import torch
 from rich.console import Console
 
 from benchmarks import flat_quantize, gemm
-from benchmarks.results import Row, document, label, show
+from benchmarks.results import Row, WrongResultError, document, label, report, show
 from benchmarks.timing import Timer
-from fqonnx.errors import EngineError
 from fqonnx.ops.layout import LAYOUTS, pack_int4, to_layout
 
 ROOT = Path(__file__).parents[1]
@@ -115,13 +114,24 @@ def test_json_holds_rows_and_what_the_run_was() -> None:
     assert (only["met"], only["tops"], only["microseconds"]) == (True, pytest.approx(1.0), {"ours": 4.0, "peer": 30.0})
 
 
+def test_wrong_results_are_told_after_all_others(capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = row(4.0, 7.0), row(None, 7.0)
+    report("Title", [good], ["ours"], as_json=False, copy_gb_s=4200)
+    assert "a copy's 4.20 TB/s" in capsys.readouterr().out
+    bad.wrong = "ours at 16: 3 of 9 results are wrong"
+    for as_json in (False, True):
+        with pytest.raises(WrongResultError, match="1 wrong results, not timed: ours at 16: 3 of 9"):
+            report("Title", [good, bad], ["ours"], as_json=as_json, copy_gb_s=4200)
+        assert capsys.readouterr().out
+
+
 def test_wrong_results_are_no_times() -> None:
     expected = torch.tensor([[1.0, 2.0]], dtype=torch.float16)
     gemm.require_close(expected.clone(), expected, "kernel", exact=True)
-    with pytest.raises(EngineError, match="kernel at 16: 1 of 2 results are wrong"):
+    with pytest.raises(WrongResultError, match="kernel at 16: 1 of 2 results are wrong"):
         gemm.require_close(torch.nextafter(expected.float(), torch.tensor([[9.0, 2.0]])), expected.float(), "kernel at 16", exact=True)
     gemm.require_close(expected * (1 + 2**-10), expected, "kernel", exact=False)
-    with pytest.raises(EngineError, match="2 of 2"):
+    with pytest.raises(WrongResultError, match="2 of 2"):
         gemm.require_close(expected * 1.01, expected, "kernel", exact=False)
 
 
@@ -134,9 +144,9 @@ def test_wrong_codes_are_no_times() -> None:
     moved[0, 200] += 1
     flat_quantize.require_close(moved, scale, t, scale, "kernel")
     moved[0, 200] += 1
-    with pytest.raises(EngineError, match="codes differ, by up to 2"):
+    with pytest.raises(WrongResultError, match="codes differ, by up to 2"):
         flat_quantize.require_close(moved, scale, t, scale, "kernel")
-    with pytest.raises(EngineError, match="scales differ"):
+    with pytest.raises(WrongResultError, match="scales differ"):
         flat_quantize.require_close(codes, scale * 1.01, t, scale, "kernel")
 
 
