@@ -184,7 +184,7 @@ def build(
         logger.info("the library is up to date")
         return there
     objects = _Objects(library.cache_folder() / "objects", plan)
-    with (progress or Silent()).task("Compiling", total=len(plan.sources)) as task:
+    with (progress or Silent()).task("Compiling", total=sum(map(plan.units, plan.sources))) as task:
         compiled = objects.get(plan.sources, jobs or len(os.sched_getaffinity(0)), force=force, task=task)
     kernels = {name: sorted(demangled(usages(made.output)), key=_order) for name, made in compiled.items()}
     _check_quality(kernels, {name: made.output for name, made in compiled.items()})
@@ -252,10 +252,18 @@ class _Plan:
         exports = (folder / library.EXPORTS).read_text(encoding="utf-8")
         self.key = _hash(_FORMAT, self.keys, _LINK_FLAGS, exports)
 
+    def names(self, source: Source) -> list[str]:
+        """The architectures that a source is compiled for."""
+        return [name for name in self.architectures if name in source.architectures]
+
+    def units(self, source: Source) -> int:
+        """How much work it is, for the progress bar."""
+        return max(1, len(self.names(source)))
+
     def flags(self, source: Source) -> list[str]:
         """Compiler flags without paths, so that an object does not depend on where the sources are."""
         flags = list(_COMMON_FLAGS)
-        names = [name for name in self.architectures if name in source.architectures]
+        names = self.names(source)
         for name in names:
             # The lowest one's PTX too, for devices newer than all of these. That of 90a and the like runs nowhere else.
             ptx = f",compute_{name}" if name == names[0] and name.isdigit() else ""
@@ -309,7 +317,7 @@ class _Objects:
     def get(self, sources: Sequence[Source], jobs: int, *, force: bool, task: Task) -> dict[str, _Object]:
         """The objects of all sources, compiled where they are not there."""
         made = {} if force else {source.name: there for source in sources if (there := self._read(source)) is not None}
-        task.advance(len(made))
+        task.advance(sum(self._plan.units(source) for source in sources if source.name in made))
         # The longest first, so that the last to end is a short one.
         todo = sorted((source for source in sources if source.name not in made), key=self._effort, reverse=True)
         if todo:
@@ -318,11 +326,11 @@ class _Objects:
             with _work_folder(self._folder) as name, closing(_Pool(self._plan, work := Path(name), jobs).run(todo)) as done:
                 for source in done:
                     made[source.name] = self._keep(source, work)
-                    task.advance()
+                    task.advance(self._plan.units(source))
         return {source.name: made[source.name] for source in sources}
 
     def _effort(self, source: Source) -> int:
-        return (self._plan.folder / source.name).stat().st_size * (1 + 4 * len(source.architectures))
+        return (self._plan.folder / source.name).stat().st_size * self._plan.units(source)
 
     def _place(self, source: Source) -> Path:
         return self._folder / self._plan.keys[source.name][:32]

@@ -272,6 +272,17 @@ def test_the_first_call_of_a_process_may_be_captured() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_tensors_of_another_device_than_the_current_one() -> None:
+    x = rows(4, 256)
+    first, second = kernels.quantize(x), kernels.quantize(x.to("cuda:1"))
+    assert torch.cuda.current_device() == 0
+    assert second.q.device == torch.device("cuda:1")
+    assert torch.equal(second.q.cpu(), first.q.cpu())
+    with pytest.raises(UsageError, match="scale is on cuda:0 and other operands are on cuda:1"):
+        kernels.dequantize(second.q, first.scale)
+
+
 def test_a_failed_call_leaves_cuda_as_it_was() -> None:
     params = kernels.FlatQuantizeParams(bits=5)
     assert kernels.library().fq_flat_quantize(ctypes.byref(params), None) == kernels.INVALID_ARGUMENT
