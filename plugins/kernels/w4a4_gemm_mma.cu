@@ -564,13 +564,14 @@ __global__ void __launch_bounds__(Tile::kThreads, kScales == Scales::kChannel ? 
 
 // ---- host ----
 
-// The tiles. Those of few tokens wait for memory and are many on a multiprocessor; `Deep` is for so few blocks that each has one to itself.
+// The tiles, tokens x channels. Those of few tokens wait for memory and are many on a multiprocessor; Deep is for so few blocks that each has one
+// to itself.
 using Few = Tile<1, 4, 1, 1, 4, 4, 3>;          // 16 tokens x 32 channels
 using Deep = Tile<1, 4, 1, 1, 8, 3, 2>;         // 16 x 32
 using Some = Tile<2, 4, 1, 1, 4, 3, 3>;         // 32 x 32
 using Medium = Tile<2, 8, 2, 1, 2, 3, 2>;       // 64 x 64
 using Large = Tile<4, 8, 2, 2, 1, 3, 2>;        // 128 x 128
-using GroupedLarge = Tile<2, 8, 4, 2, 1, 3>;    // 128 x 128, for two sets of sums
+using GroupedLarge = Tile<2, 8, 2, 2, 1, 3>;    // 64 x 128, for two sets of sums
 using Largest = Tile<4, 8, 2, 4, 1, 3>;         // 128 x 256
 
 template <class Op, class Tile, Scales kScales>
@@ -614,21 +615,25 @@ struct Tactic {
 };
 
 // Times on an H200; other devices differ by about the same factor for all. The order is that of fq_w4a4_gemm_params::tactic.
-constexpr Tactic kTactics[] = {{16, 32, 6.0, 3.6}, {16, 32, 5.5, 4.2}, {32, 32, 7, 3.4}, {64, 64, 12, 8.3}, {128, 128, 30, 25.5}, {128, 256, 50, 48}};
-constexpr int kTacticCount = sizeof(kTactics) / sizeof(Tactic);
+constexpr int kTactics = 6;
+constexpr Tactic kChannelTactics[kTactics] = {{16, 32, 6, 3.6},   {16, 32, 5.5, 4.2},    {32, 32, 7.4, 3.4},
+                                              {64, 64, 11.5, 7}, {128, 128, 27, 21.5}, {128, 256, 43, 43.5}};
+// With scales per group, two sets of sums leave no room for larger tiles than 64 x 128.
+constexpr Tactic kGroupTactics[kTactics] = {{16, 32, 6, 4},    {16, 32, 5.5, 4.7},   {32, 32, 7.4, 4},
+                                            {64, 64, 12, 8.6}, {64, 128, 20, 16.4}, {64, 128, 20, 16.4}};
 
 // The tactic of the least estimated time.
 int choose_tactic(const fq_w4a4_gemm_params& params, const Device& device) {
-  const bool pairs = device.shared_memory >= 2 * Memory<PlainInt8, Large, Scales::kChannel>::kBytes;  // two blocks of 128 x 128 on a multiprocessor
+  const bool pairs = device.shared_memory >= 2 * Memory<PlainInt8, Large, Scales::kChannel>::kBytes;  // two such blocks on a multiprocessor
   int chosen = 0;
   double least = 0;
-  for (int i = 0; i < kTacticCount; ++i) {
-    const Tactic& tactic = kTactics[i];
+  for (int i = 0; i < kTactics; ++i) {
+    const Tactic& tactic = params.groups > 1 ? kGroupTactics[i] : kChannelTactics[i];
     const int64_t blocks = (params.m + tactic.tokens - 1) / tactic.tokens * ((params.n + tactic.channels - 1) / tactic.channels);
     const int64_t rounds = (blocks + device.multiprocessors - 1) / device.multiprocessors;
-    const double each = tactic.tokens * tactic.channels == 128 * 128 && !pairs ? tactic.alone : tactic.each;
-    const double time = rounds == 1 ? tactic.alone : each * static_cast<double>(rounds);
-    if (i == 0 || time < least) {
+    const bool lonely = rounds == 1 || (tactic.tokens == Large::kTokens && tactic.channels == Large::kChannels && !pairs);
+    const double time = (lonely ? tactic.alone : tactic.each) * static_cast<double>(rounds);
+    if (chosen == 0 || time < least) {
       chosen = i + 1;
       least = time;
     }
@@ -656,7 +661,7 @@ fq_status launch(const fq_w4a4_gemm_params& params, const Device& device, cudaSt
       return launch_tile<Op, Some>(params, stream);
     case 4:
       return launch_tile<Op, Medium>(params, stream);
-    default:  // with scales per group, two sets of sums leave no room for larger tiles than 128 x 128
+    default:
       if (grouped) return launch_tile<Op, GroupedLarge, Scales::kPanels>(params, stream);
       return tactic == 5 ? launch_tile<Op, Large, Scales::kChannel>(params, stream) : launch_tile<Op, Largest, Scales::kChannel>(params, stream);
   }
@@ -689,7 +694,7 @@ const char* fits_s4(const fq_w4a4_gemm_params& params, const Device& device) {
 
 }  // namespace
 
-const GemmKernel W4A4Gemm_mma_s8 = {fits_s8, launch_s8, kTacticCount};
-const GemmKernel W4A4Gemm_mma_s4 = {fits_s4, launch<PlainInt4>, kTacticCount};
+const GemmKernel W4A4Gemm_mma_s8 = {fits_s8, launch_s8, kTactics};
+const GemmKernel W4A4Gemm_mma_s4 = {fits_s4, launch<PlainInt4>, kTactics};
 
 }  // namespace fq
