@@ -53,7 +53,7 @@ __device__ __forceinline__ void sync_threads(int index) {
 
 // ---- from shared memory to registers ----
 
-// Four matrices of 8 rows of 16 bytes: lane i names row i % 8 of matrix i / 8 and receives, of each matrix, bytes 4 (lane % 4) .. + 3 of row lane / 4.
+// Four matrices of 8 rows of 16 bytes: lane i names row i % 8 of matrix i / 8; of each it receives bytes 4 (i % 4) .. + 3 of row i / 4.
 __device__ __forceinline__ void load_matrices(uint32_t (&registers)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
@@ -75,7 +75,7 @@ __device__ __forceinline__ void load_16(uint32_t (&registers)[4], uint32_t addre
 // ---- warp matrix products, added to `sum` ----
 // Lane 4 g + t holds sum[0..1] of row g and sum[2..3] of row g + 8, columns 2t and 2t + 1.
 
-// int8, K = 32: a[0..3] are (row g, K 4t ..), (g + 8, 4t ..), (g, 16 + 4t ..), (g + 8, 16 + 4t ..); b[0..1] are column g, K 4t .. and 16 + 4t ...
+// int8, K = 32: a[0..3] are (row g, K 4t ..), (g + 8, 4t ..), (g, 16 + 4t ..), (g + 8, 16 + 4t ..); b0, b1: column g, K 4t .., 16 + 4t ..
 __device__ __forceinline__ void multiply_s8(int32_t (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])

@@ -1,13 +1,13 @@
 // W4A4Gemm with warp matrix products (mma.sync), for every device from compute capability 8.0 on: mma_s8 and mma_s4.
 //
-// A block computes a tile of tokens x channels. Its warps form one or more teams, each of which takes every so many-th panel of 128 codes of K
-// through a pipeline of asynchronous copies of its own, so that a team of one warp never waits for another; the teams' sums meet in shared
-// memory at the end. Tokens are the rows of the product (operand A), channels its columns (operand B).
+// A block computes a tile of tokens x channels. Its warps form one or more teams, each of which takes every so many-th panel of 128 codes
+// of K through a pipeline of asynchronous copies of its own, so that a team of one warp never waits for another; the teams' sums meet in
+// shared memory at the end. Tokens are the rows of the product (operand A), channels its columns (operand B).
 //
-// int4 weights become int8 operands, times 16, with a shift and two ands: a word holds the codes k .. k + 7, of which the low nibbles of its
-// bytes become the four of one register and the high nibbles those of the other. Sums are exact, so that any order of K will do as long as it
-// is the same for both operands: for the plain layout lane t of a quad takes k = 8t .. 8t + 7 of each 32, and the activations' even and odd bytes
-// are parted; the layout k128 is in the order of ldmatrix already.
+// int4 weights become int8 operands, times 16, with a shift and two ands: a word holds the codes k .. k + 7, of which the low nibbles of
+// its bytes become the four of one register and the high nibbles those of the other. Sums are exact, so that any order of K will do as
+// long as it is the same for both operands: for the plain layout lane t of a quad takes k = 8t .. 8t + 7 of each 32, and the activations'
+// even and odd bytes are parted; the layout k128 is in the order of ldmatrix already.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -184,7 +184,9 @@ struct PlainInt4 {
   template <class Operands>
   static __device__ __forceinline__ void prepare(Operands&) {}
 
-  static __device__ __forceinline__ void multiply(int32_t (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { multiply_s4(sum, a, b[0], b[1]); }
+  static __device__ __forceinline__ void multiply(int32_t (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    multiply_s4(sum, a, b[0], b[1]);
+  }
 };
 
 // ---- tiles ----
@@ -224,14 +226,15 @@ struct Copier {
   uint32_t rows_inside = 0;  // a bit a copy
 
   // `pitch`: bytes from row to row; `rows`: how many there are from the first on.
-  __device__ Copier(const uint8_t* first, int64_t rows, int pitch, int thread) : source(first + row(thread, 0) * pitch + thread % kChunks * 16) {
+  __device__ Copier(const uint8_t* first, int64_t rows, int pitch, int thread)
+      : source(first + row(thread, 0) * pitch + thread % kChunks * 16) {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) rows_inside |= static_cast<uint32_t>(row(thread, i) < rows) << i;
   }
 
   static __device__ __forceinline__ int row(int thread, int i) { return thread / kChunks + i * (kThreads / kChunks); }
 
-  // One of kParts parts of the copies. `begin`: bytes from a row's start to the panel; `pitch` as above; `wanted`: whether there is such a panel.
+  // One of kParts parts of the copies. `begin`: bytes from a row's start to the panel; `wanted`: whether there is such a panel.
   template <int kParts>
   __device__ __forceinline__ void copy(uint32_t target, int begin, int pitch, int thread, bool wanted, int part) const {
     const int chunk = thread % kChunks, left = pitch - begin - chunk * 16;
@@ -386,11 +389,14 @@ __device__ __forceinline__ void compute_tile(const Arguments& p) {
   const int64_t token = int64_t(band * kBand + in_band % height) * Tile::kTokens, channel = int64_t(in_band / height) * Tile::kChannels;
 
   const int q_pitch = p.k * Op::kActivationBytes / kPanel, w_pitch = p.k / 2;
-  const Copier<Tile::kTokens, Op::kActivationBytes, Tile::kTeamThreads, 16> activations(p.q + token * q_pitch, p.m - token, q_pitch, thread);
-  const Copier<Tile::kChannels, Op::kWeightBytes, Tile::kTeamThreads, Op::kWeightCopy> weights(p.w + channel * w_pitch, p.n - channel, w_pitch, thread);
+  constexpr int kTeamThreads = Tile::kTeamThreads;
+  const Copier<Tile::kTokens, Op::kActivationBytes, kTeamThreads, 16> activations(p.q + token * q_pitch, p.m - token, q_pitch, thread);
+  const Copier<Tile::kChannels, Op::kWeightBytes, kTeamThreads, Op::kWeightCopy> weights(p.w + channel * w_pitch, p.n - channel, w_pitch,
+                                                                                         thread);
   const uint32_t base = to_shared(memory) + team * Layout::kTeam;
   const int panels = (p.k + kPanel - 1) / kPanel, mine = (panels - team + kTeams - 1) / kTeams;
-  // A lone team copies a part of a panel in each step, in between its products; where several wait for memory, copies begin as soon as they may.
+  // A lone team copies a part of a panel in each step, in between its products; where several wait for memory, copies begin as soon as
+  // they may.
   constexpr int kParts = kTeams == 1 ? Op::kSteps : 1;
   const auto fetch = [&](int index, int stage, int part) {
     const int panel = index * kTeams + team;
@@ -398,14 +404,13 @@ __device__ __forceinline__ void compute_tile(const Arguments& p) {
     activations.template copy<kParts>(target, panel * Op::kActivationBytes, q_pitch, thread, index < mine, part);
     weights.template copy<kParts>(target + Layout::kActivations, panel * Op::kWeightBytes, w_pitch, thread, index < mine, part);
     if constexpr (kScales == Scales::kPanels) {
-      static_assert(Tile::kTeamThreads >= Tile::kChannels || Tile::kChannels == 2 * Tile::kTeamThreads);
       if (part == 0) {
         const int group = static_cast<int>((panel + 0.5f) * p.groups_per_panel);
 #pragma unroll
-        for (int i = 0; i < Tile::kChannels; i += Tile::kTeamThreads) {
-          const int64_t mine_too = channel + i + thread;
-          if (i + thread < Tile::kChannels)
-            copy_4(target + Layout::kActivations + Layout::kWeights + (i + thread) * 4, p.w_scale + mine_too * p.groups + group, index < mine && mine_too < p.n);
+        for (int i = 0; i < Tile::kChannels; i += kTeamThreads) {
+          const int64_t own = channel + i + thread;
+          const uint32_t place = target + Layout::kActivations + Layout::kWeights + (i + thread) * 4;
+          if (i + thread < Tile::kChannels) copy_4(place, p.w_scale + own * p.groups + group, index < mine && own < p.n);
         }
       }
     }
@@ -547,10 +552,12 @@ __device__ __forceinline__ void compute_tile(const Arguments& p) {
 
 // From 9.0 on the compiler emulates products of int4 in a subroutine, which leaves no registers for large tiles.
 template <class Op, class Tile, Scales kScales>
-constexpr bool kCanEmulate = !std::is_same_v<Op, PlainInt4> || Tile::kRowTiles * Tile::kColumnTiles <= (kScales == Scales::kChannel ? 16 : 8);
+constexpr bool kCanEmulate =
+    !std::is_same_v<Op, PlainInt4> || Tile::kRowTiles * Tile::kColumnTiles <= (kScales == Scales::kChannel ? 16 : 8);
 
 template <class Op, class Tile, Scales kScales>
-__global__ void __launch_bounds__(Tile::kThreads, kScales == Scales::kChannel ? Tile::kBlocks : 1) w4a4_gemm(const __grid_constant__ Arguments p) {
+__global__ void __launch_bounds__(Tile::kThreads, kScales == Scales::kChannel ? Tile::kBlocks : 1)
+    w4a4_gemm(const __grid_constant__ Arguments p) {
 #if __CUDA_ARCH__ >= 900
   if constexpr (kCanEmulate<Op, Tile, kScales>) {
     compute_tile<Op, Tile, kScales>(p);
@@ -564,8 +571,8 @@ __global__ void __launch_bounds__(Tile::kThreads, kScales == Scales::kChannel ? 
 
 // ---- host ----
 
-// The tiles, tokens x channels. Those of few tokens wait for memory and are many on a multiprocessor; Deep is for so few blocks that each has one
-// to itself.
+// The tiles, tokens x channels. Those of few tokens wait for memory and are many on a multiprocessor; Deep is for so few blocks that each
+// has one to itself.
 using Few = Tile<1, 4, 1, 1, 4, 4, 3>;          // 16 tokens x 32 channels
 using Deep = Tile<1, 4, 1, 1, 8, 3, 2>;         // 16 x 32
 using Some = Tile<2, 4, 1, 1, 4, 3, 3>;         // 32 x 32
@@ -577,9 +584,11 @@ using Largest = Tile<4, 8, 2, 4, 1, 3>;         // 128 x 256
 template <class Op, class Tile, Scales kScales>
 fq_status launch_tile(const fq_w4a4_gemm_params& params, cudaStream_t stream) {
   constexpr int kBytes = Memory<Op, Tile, kScales>::kBytes;
-  const int64_t token_tiles = (params.m + Tile::kTokens - 1) / Tile::kTokens, channel_tiles = (params.n + Tile::kChannels - 1) / Tile::kChannels;
+  const int64_t token_tiles = (params.m + Tile::kTokens - 1) / Tile::kTokens;
+  const int64_t channel_tiles = (params.n + Tile::kChannels - 1) / Tile::kChannels;
   if (token_tiles > INT32_MAX / kBand || channel_tiles > INT32_MAX / kBand || token_tiles * channel_tiles > INT32_MAX)
-    return fail(FQ_INVALID_ARGUMENT, "m %lld and n %lld are too large for one launch: split m", static_cast<long long>(params.m), static_cast<long long>(params.n));
+    return fail(FQ_INVALID_ARGUMENT, "m %lld and n %lld are too large for one launch: split m", static_cast<long long>(params.m),
+                static_cast<long long>(params.n));
   Arguments arguments = {};
   arguments.q = static_cast<const uint8_t*>(params.q);
   arguments.w = static_cast<const uint8_t*>(params.w);
@@ -597,15 +606,17 @@ fq_status launch_tile(const fq_w4a4_gemm_params& params, cudaStream_t stream) {
   arguments.token_tiles = static_cast<int>(token_tiles);
   arguments.channel_tiles = static_cast<int>(channel_tiles);
   const void* kernel = reinterpret_cast<const void*>(&w4a4_gemm<Op, Tile, kScales>);
-  if (const fq_status status = check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), "cudaFuncSetAttribute"); status != FQ_OK)
-    return status;
+  const cudaError_t allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (const fq_status status = check(allowed, "cudaFuncSetAttribute"); status != FQ_OK) return status;
   void* pointers[] = {&arguments};
-  return check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(token_tiles * channel_tiles)), dim3(Tile::kThreads), pointers, kBytes, stream), "w4a4_gemm");
+  const dim3 grid(static_cast<unsigned>(token_tiles * channel_tiles));
+  return check(cudaLaunchKernel(kernel, grid, dim3(Tile::kThreads), pointers, kBytes, stream), "w4a4_gemm");
 }
 
 template <class Op, class Tile>
 fq_status launch_tile(const fq_w4a4_gemm_params& params, cudaStream_t stream) {
-  return params.groups > 1 ? launch_tile<Op, Tile, Scales::kPanels>(params, stream) : launch_tile<Op, Tile, Scales::kChannel>(params, stream);
+  if (params.groups > 1) return launch_tile<Op, Tile, Scales::kPanels>(params, stream);
+  return launch_tile<Op, Tile, Scales::kChannel>(params, stream);
 }
 
 // What a tactic takes for K = 4096, in microseconds: a block that has a multiprocessor to itself, and each of many.
@@ -624,15 +635,15 @@ constexpr Tactic kGroupTactics[kTactics] = {{16, 32, 6, 4},    {16, 32, 5.5, 4.7
 
 // The tactic of the least estimated time.
 int choose_tactic(const fq_w4a4_gemm_params& params, const Device& device) {
-  const bool pairs = device.shared_memory >= 2 * Memory<PlainInt8, Large, Scales::kChannel>::kBytes;  // two such blocks on a multiprocessor
+  // Devices with 100 KiB of shared memory have room for one block on a multiprocessor.
+  const bool pairs = device.shared_memory >= 2 * Memory<PlainInt8, Large, Scales::kChannel>::kBytes;
   int chosen = 0;
   double least = 0;
   for (int i = 0; i < kTactics; ++i) {
     const Tactic& tactic = params.groups > 1 ? kGroupTactics[i] : kChannelTactics[i];
     const int64_t blocks = (params.m + tactic.tokens - 1) / tactic.tokens * ((params.n + tactic.channels - 1) / tactic.channels);
     const int64_t rounds = (blocks + device.multiprocessors - 1) / device.multiprocessors;
-    const bool lonely = rounds == 1 || (tactic.tokens == Large::kTokens && tactic.channels == Large::kChannels && !pairs);
-    const double time = (lonely ? tactic.alone : tactic.each) * static_cast<double>(rounds);
+    const double time = (rounds > 1 && pairs ? tactic.each : tactic.alone) * static_cast<double>(rounds);
     if (chosen == 0 || time < least) {
       chosen = i + 1;
       least = time;
@@ -663,7 +674,8 @@ fq_status launch(const fq_w4a4_gemm_params& params, const Device& device, cudaSt
       return launch_tile<Op, Medium>(params, stream);
     default:
       if (grouped) return launch_tile<Op, GroupedLarge, Scales::kPanels>(params, stream);
-      return tactic == 5 ? launch_tile<Op, Large, Scales::kChannel>(params, stream) : launch_tile<Op, Largest, Scales::kChannel>(params, stream);
+      if (tactic == 5) return launch_tile<Op, Large, Scales::kChannel>(params, stream);
+      return launch_tile<Op, Largest, Scales::kChannel>(params, stream);
   }
 }
 
@@ -682,7 +694,8 @@ fq_status launch_s8(const fq_w4a4_gemm_params& params, const Device& device, cud
   if (params.layout == FQ_K128) return launch<BlockedInt8>(params, device, stream);
   if (params.k % 32 == 0) return launch<PlainInt8>(params, device, stream);
   // Rare, so that every tactic takes one of two tiles.
-  return params.m <= 32 ? launch_tile<UnalignedInt8, Some, Scales::kChannel>(params, stream) : launch_tile<UnalignedInt8, Medium, Scales::kChannel>(params, stream);
+  if (params.m <= 32) return launch_tile<UnalignedInt8, Some, Scales::kChannel>(params, stream);
+  return launch_tile<UnalignedInt8, Medium, Scales::kChannel>(params, stream);
 }
 
 const char* fits_s4(const fq_w4a4_gemm_params& params, const Device& device) {
