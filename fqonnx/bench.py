@@ -226,7 +226,7 @@ def bench(
     if baseline is not None:
         sides = {BASELINE: Side.open(baseline), **sides}
         require_same_interface(*sides.values())
-    sets = [dict(given) for given in shapes] or [{}]
+    sets: list[Shapes] = list(shapes) or [{}]
     # The baseline knows best what its inputs are for: it has the operators that were exported.
     feeds = [_feeds(next(iter(sides.values())).model, given, kv_cache, seed) for given in sets]
     memory = Memory(device)
@@ -243,18 +243,7 @@ def bench(
         notes.append(f"without CUDA graphs, which ONNX Runtime refuses for these models: {error}")
         captured = False
         runners = _load(sides, inputs, device, captured, kv_cache, memory, progress)
-    results = []
-    with progress.task("Measuring", len(sets) * _ROUNDS) as task:
-        for index, (given, fed) in enumerate(zip(sets, feeds, strict=True)):
-            times: dict[str, list[float]] = {role: [] for role in runners}
-            block = {role: _block_size(runner, index, warm_up, duration, iterations) for role, runner in runners.items()}
-            for turn in range(_ROUNDS):
-                # There and back again, so that a drift of the clocks hits both alike.
-                for role in runners if turn % 2 == 0 else reversed(runners):
-                    times[role] += runners[role].time(index, block[role])
-                task.advance()
-            latency = {role: Latency.of(seconds) for role, seconds in times.items()}
-            results.append(ShapeResult(given, {name: array.shape for name, array in fed.items()}, latency))
+    results = _measure(runners, sets, feeds, (warm_up, duration, iterations), progress)
     models = {role: runner.result for role, runner in runners.items()}
     runners.clear()
     if profile:
@@ -268,40 +257,62 @@ def bench(
     return Bench(models, tuple(results), device_name(device), captured, kv_cache, tuple(notes), _versions(device))
 
 
+def _measure(
+    runners: Mapping[str, _Runner], sets: Sequence[Shapes], feeds: Sequence[Feeds], limits: tuple[float, float, int], progress: Progress
+) -> list[ShapeResult]:
+    """Every model on every set; ``limits`` are warm-up and duration in seconds, and runs at least."""
+    results = []
+    with progress.task("Measuring", len(sets) * _ROUNDS) as task:
+        for index, (given, fed) in enumerate(zip(sets, feeds, strict=True)):
+            times: dict[str, list[float]] = {role: [] for role in runners}
+            block = {role: _block_size(runner, index, *limits) for role, runner in runners.items()}
+            for turn in range(_ROUNDS):
+                # There and back again, so that a drift of the clocks hits both alike.
+                for role in runners if turn % 2 == 0 else reversed(list(runners)):
+                    times[role] += runners[role].time(index, block[role])
+                task.advance()
+            latency = {role: Latency.of(seconds) for role, seconds in times.items()}
+            results.append(ShapeResult(dict(given), {name: array.shape for name, array in fed.items()}, latency))
+    return results
+
+
 # --- Inputs ------------------------------------------------------------------------------------------------------------------------------
 
 
 def _feeds(model: ir.Model, given: Shapes, kv_cache: int | None, seed: int) -> Feeds:
     """Random inputs of the sizes given that fit the graph."""
-    inputs = model_file.inputs(model)
-    fixed = resolve_shapes(inputs, given)
+    fixed = resolve_shapes(model_file.inputs(model), given)
+    heads = _heads(model, fixed)
+    if kv_cache is not None and not heads:
+        raise UsageError("--kv-cache: the model takes no past keys and values [batch, heads, tokens, size]: leave the option out")
     values = {value.name: value for value in model.graph.inputs}
     before = {name: values[name].shape for name in fixed}
     try:
         for name, shape in fixed.items():
-            values[name].shape = ir.Shape(shape)
+            # Keys and values of large batches are billions of numbers: those of one head stand for all.
+            values[name].shape = ir.Shape((shape[0], 1, *shape[2:]) if name in heads else shape)
         (fed,) = RandomSource(model, seed=seed, samples=1)
-        if kv_cache is not None:
-            fed = {**fed, **_cached(model, fed, kv_cache, seed)}
     finally:
         for name, shape_before in before.items():
             values[name].shape = shape_before
-    return fed
-
-
-def _cached(model: ir.Model, fed: Feeds, kv_cache: int, seed: int) -> Feeds:
-    """Past keys and values in buffers of ``kv_cache`` tokens."""
-    past = {name: fed[name] for name, role in input_roles(model).items() if role.kind == "past" and fed[name].ndim == 4}
-    if not past:
-        raise UsageError("--kv-cache: the model takes no past keys and values [batch, heads, tokens, size]: leave the option out")
-    longest = max(array.shape[2] for array in past.values())
-    if kv_cache <= longest:
+    longest = max((fed[name].shape[2] for name in heads), default=0)
+    if kv_cache is not None and kv_cache <= longest:
         raise UsageError(f"--kv-cache {kv_cache} has no room for {longest} tokens and the next: give a larger one")
-    random = np.random.default_rng(seed)
-    return {
-        name: random.standard_normal((*array.shape[:2], kv_cache, array.shape[3]), np.float32).astype(array.dtype)
-        for name, array in past.items()
-    }
+    return {name: _past(array, heads[name], kv_cache) if name in heads else array for name, array in fed.items()}
+
+
+def _heads(model: ir.Model, shapes: Mapping[str, Sequence[int | str | None]]) -> dict[str, int]:
+    """How many heads each input of past keys or values ``[batch, heads, tokens, size]`` has."""
+    past = [name for name, role in input_roles(model).items() if role.kind == "past" and len(shapes[name]) == 4]
+    return {name: heads for name in past if isinstance(heads := shapes[name][1], int)}
+
+
+def _past(one_head: npt.NDArray[Any], heads: int, kv_cache: int | None) -> npt.NDArray[Any]:
+    """Past keys or values of all heads, in a buffer of ``kv_cache`` tokens where given."""
+    batch, _, tokens, size = one_head.shape
+    shape = (batch, heads, tokens if kv_cache is None else kv_cache, size)
+    values = one_head if one_head.size else np.random.default_rng(0).standard_normal(1 << 16, np.float32).astype(one_head.dtype)
+    return np.resize(values, shape)
 
 
 def resolve_shapes(inputs: Sequence[model_file.ModelInput], given: Shapes) -> dict[str, tuple[int | str | None, ...]]:
