@@ -18,8 +18,9 @@ import pytest
 
 from fqonnx.errors import EngineError, UsageError
 from fqonnx.plugins import library, toolchain
-from fqonnx.plugins.build import build, build_info, choose_architectures, read_built, read_sources
+from fqonnx.plugins.build import build, build_info, read_built
 from fqonnx.plugins.ptxas import Usage, advice, demangled, usages
+from fqonnx.plugins.sources import choose_architectures, read_sources
 from tests.cli_support import one_line, run, run_process
 from tests.plugin_support import built_library, require_compiler
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fqonnx import kernels
-from fqonnx.plugins.build import build_info, read_sources
+from fqonnx.plugins.build import build_info
 from fqonnx.plugins.library import FOLDER, source_hash
+from fqonnx.plugins.sources import read_sources
 from tests.plugin_support import binary_tool, built_library, machine_code
 
 if TYPE_CHECKING:
