@@ -39,6 +39,9 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Waits for all of this thread's copies, those of no group as well.
+__device__ __forceinline__ void wait_for_all_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // A barrier of the `kThreads` threads (whole warps) of a block of `kBlock` that name the same `index` from 1 to 15.
 template <int kThreads, int kBlock>
 __device__ __forceinline__ void sync_threads(int index) {

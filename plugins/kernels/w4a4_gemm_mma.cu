@@ -515,8 +515,8 @@ __device__ __forceinline__ void compute_tile(const Arguments& p) {
     }
   }
 
-  // Shared memory is used anew.
-  wait_for_copies<0>();
+  // Shared memory is used anew. Even copies of zeros for panels that there are not would spoil it.
+  wait_for_all_copies();
   __syncthreads();
   int32_t* const parts = reinterpret_cast<int32_t*>(memory);
   const auto put = [&](int32_t* to, int i) {
