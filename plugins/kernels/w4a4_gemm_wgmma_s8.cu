@@ -113,12 +113,18 @@ __device__ __forceinline__ void multiply(Sums<kTokens, kTiles, kGrouped>& sums, 
                                          int steps, int first_block, int row, int quad, Release release, GroupScale group_scale) {
   static_assert(kBlocks <= 2, "the loop takes two steps at a time");
   Operands a[2][kTiles];
+  constexpr bool kAhead = kTokens * kTiles <= 16;  // scales are asked for a step before: where there are registers for them
+  float next_scales[kTiles][2];
   const uint32_t ring_address = shared_address(ring);
   if constexpr (kGrouped) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) sums.scaled[tile][i] = 0;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) next_scales[tile][half] = kAhead ? group_scale(tile, half, 0) : 0.f;
   }
   // The weights of a block of K, into the registers of the products before the last: those have read them.
   const auto load = [&](Operands(&operands)[kTiles], int block) {
@@ -153,7 +159,10 @@ __device__ __forceinline__ void multiply(Sums<kTokens, kTiles, kGrouped>& sums, 
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) scales[tile][half] = group_scale(tile, half, index);
+        for (int half = 0; half < 2; ++half) {
+          scales[tile][half] = kAhead ? next_scales[tile][half] : group_scale(tile, half, index);
+          if (kAhead && index + 1 < steps) next_scales[tile][half] = group_scale(tile, half, index + 1);
+        }
       if (index + 1 < steps) load(next, next_block);
       wgmma_wait<0>();
       if (last_of_stage) release(stage);
@@ -192,48 +201,35 @@ __device__ __forceinline__ void multiply(Sums<kTokens, kTiles, kGrouped>& sums, 
   }
 }
 
-// The same with a scale per block of K, for one tile of many tokens, in halves of the columns: the second is multiplied while the first's
-// sums are scaled.
-template <typename Stage, int kTokens, int kStages, typename Release, typename GroupScale>
-__device__ __forceinline__ void multiply_in_halves(Sums<kTokens, 1, true>& sums, Cursor<kStages>& cursor, const uint8_t* ring, uint64_t* full,
-                                                   int steps, int row, int quad, Release release, GroupScale group_scale) {
-  constexpr int kHalf = kTokens / 2;
-  constexpr uint32_t kHalfOffset = kHalf * kBlockK / 16;  // in a descriptor's units
+// The same with a scale per block of K, for one tile of many tokens. Scaling takes as long as multiplying, so one warpgroup scales while the
+// other's products have the tensor cores: `turn` and `pass` keep them from falling into step.
+template <typename Stage, int kTokens, int kStages, typename Turn, typename Pass, typename Release, typename GroupScale>
+__device__ __forceinline__ void multiply_in_turns(Sums<kTokens, 1, true>& sums, Cursor<kStages>& cursor, const uint8_t* ring, uint64_t* full,
+                                                  int steps, int row, int quad, Turn turn, Pass pass, Release release,
+                                                  GroupScale group_scale) {
   Operands a[2];
-  int32_t whole[2][kHalf / 2];
+  auto& whole = sums.whole[0];
+  auto& scaled = sums.scaled[0];
   const uint32_t ring_address = shared_address(ring);
 #pragma unroll
-  for (int i = 0; i < kTokens / 2; ++i) sums.scaled[0][i] = 0;
+  for (int i = 0; i < kTokens / 2; ++i) scaled[i] = 0;
   const auto load = [&](Operands& operands, int stage) {
     load_operands<Stage::kWeightPitch>(operands, ring + stage * Stage::kBytes + row * Stage::kWeightPitch + quad * 16);
-  };
-  const auto issue = [&](Operands& operands, int half, int stage) {
-    const uint64_t tokens = descriptor_128b(ring_address + stage * Stage::kBytes + Stage::kWeightBytes) + half * kHalfOffset;
-    settle(operands);
-    settle(whole[half]);
-    wgmma_fence();
-#pragma unroll
-    for (int j = 0; j < 4; ++j) WgmmaS8<kHalf>::run(whole[half], operands[j], tokens + 2 * j, j > 0);
-    wgmma_commit();
-  };
-  const auto scale = [&](int half, const float(&scales)[2]) {
-    settle(whole[half]);
-#pragma unroll
-    for (int i = 0; i < kHalf / 2; ++i) {
-      float& sum = sums.scaled[0][half * (kHalf / 2) + i];
-      sum = fmaf(__int2float_rn(whole[half][i]), scales[i / 2 % 2], sum);
-      asm volatile("" : "+f"(sum)::"memory");  // now, not behind the next wait
-    }
   };
   barrier_wait(&full[cursor.stage], cursor.parity);
   load(a[0], cursor.stage);
   const auto step = [&](Operands& now, Operands& next, int index) {
     const int stage = cursor.stage;
-    issue(now, 0, stage);
-    issue(now, 1, stage);
+    const uint64_t tokens = descriptor_128b(ring_address + stage * Stage::kBytes + Stage::kWeightBytes);
     const float scales[2] = {group_scale(0, 0, index), group_scale(0, 1, index)};
-    wgmma_wait<1>();
-    scale(0, scales);
+    turn();
+    settle(now);
+    settle(whole);
+    wgmma_fence();
+#pragma unroll
+    for (int j = 0; j < 4; ++j) WgmmaS8<kTokens>::run(whole, now[j], tokens + 2 * j, j > 0);
+    wgmma_commit();
+    pass();
     cursor.advance();
     if (index + 1 < steps) {
       barrier_wait(&full[cursor.stage], cursor.parity);
@@ -241,7 +237,9 @@ __device__ __forceinline__ void multiply_in_halves(Sums<kTokens, 1, true>& sums,
     }
     wgmma_wait<0>();
     release(stage);
-    scale(1, scales);
+    settle(whole);
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) scaled[i] = fmaf(__int2float_rn(whole[i]), scales[i / 2 % 2], scaled[i]);
   };
   for (int index = 0; index < steps; index += 2) {
     step(a[0], a[1], index);
@@ -289,6 +287,8 @@ struct ManyTokens {
   };
   static constexpr int kSharedBytes = sizeof(Shared);
 };
+
+constexpr int kTurn = 3;  // the first of two barriers' numbers; 1 and 2 are the warpgroups' own
 
 struct Tile {
   int rows, tokens;  // of the pair of row tiles, of the token tile
@@ -359,6 +359,7 @@ __global__ void __launch_bounds__(kConsumers + 128, 1)
     const int lane = threadIdx.x % 32;
     const int quad = lane % 4;
     const int row_in_warpgroup = thread / 32 * 16 + lane / 4;
+    if (kGrouped && consumer == 1) named_barrier_arrive(kTurn, kConsumers);  // the other warpgroup begins
     Cursor<kStages> cursor;
     int chunks = 0;
     for (int index = blockIdx.x / kPair; index < tiles; index += clusters) {
@@ -392,8 +393,10 @@ __global__ void __launch_bounds__(kConsumers + 128, 1)
         const float* group_scales[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) group_scales[half] = p.w_scale + size_t(min(row0 + row_in_warpgroup + 8 * half, p.n - 1)) * p.steps;
-        multiply_in_halves<Stage>(sums, cursor, shared.ring, shared.full, p.steps, row, quad, release,
-                                  [&](int, int half, int step) { return __ldg(group_scales[half] + step); });
+        multiply_in_turns<Stage>(
+            sums, cursor, shared.ring, shared.full, p.steps, row, quad, [&] { named_barrier(kTurn + consumer, kConsumers); },
+            [&] { named_barrier_arrive(kTurn + 1 - consumer, kConsumers); }, release,
+            [&](int, int half, int step) { return __ldg(group_scales[half] + step); });
       } else {
         multiply<Stage, kTokens, kTiles, 1, kStages, false, false>(sums, cursor, shared.ring, shared.full, p.steps, 0, row, quad, release,
                                                             [](int, int, int) { return 1.f; });
