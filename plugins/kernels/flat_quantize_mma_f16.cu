@@ -43,7 +43,7 @@ struct Problem {
   int rows, k, n1, n2, blocks;
   PrologueKind kind;
   bool factors_are_float, packed;
-  float clip, epsilon, qmax;
+  float clip, epsilon, qmax, inverse_range;  // inverse_range: 1 / (2 qmax + 1)
 };
 
 // How the transform's work is cut; see plan().
@@ -57,7 +57,7 @@ struct Plan {
   int n1_padded, left_pitch;
   uint32_t chunks_magic;  // divides by the vectors (or elements) of n2
   uint32_t left_magic, right_magic;  // divide by the vectors of a factor's row
-  bool asynchronous, vector, whole_row;
+  bool asynchronous, vector;
   int left_bytes, right_bytes, stage_bytes, codes_bytes;  // parts of shared memory; one plane of left and right, one stage of all planes
 };
 
@@ -190,9 +190,18 @@ __device__ __forceinline__ RowScale row_scale(float largest, float clip, float q
   return {step, __frcp_rn(step)};
 }
 
-// v as a code in the low bits.
-__device__ __forceinline__ uint32_t code_bits(float v, float reciprocal, float qmax) {
-  return __float_as_uint(fminf(fmaxf(fmaf(v, reciprocal, kRound), kRound - qmax - 1.0f), kRound + qmax));
+// Codes by two multiply-adds: the first, which saturates, takes -qmax - 1 .. qmax to 0 .. 1, the second goes back and rounds.
+struct Coder {
+  float factor, offset, range, back;
+
+  // The code is in the low bits.
+  __device__ __forceinline__ uint32_t bits(float t) const { return __float_as_uint(fmaf(__saturatef(fmaf(t, factor, offset)), range, back)); }
+};
+
+// `unit` is what t's values are multiples of.
+__device__ __forceinline__ Coder make_coder(const Problem& p, RowScale scale, float unit) {
+  const float range = 2.0f * p.qmax + 1.0f;
+  return {scale.reciprocal * unit * p.inverse_range, (p.qmax + 1.0f) * p.inverse_range, range, kRound - p.qmax - 1.0f};
 }
 
 __device__ __forceinline__ uint32_t four_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
@@ -555,19 +564,17 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
   }
 }
 
-// Codes of one strip and one group of columns: half 0 is row g of the tile, half 1 row g + 8. The whole warp comes here, also with rows that are
-// not `inside`. A thread's 16 codes are adjacent: dealt out so by fetch_right (kDealt), or exchanged within the quad.
+// Codes of one strip and one group of columns: half 0 is row g of the tile, half 1 row g + 8. A thread gets 16 adjacent ones: dealt out so by
+// fetch_right (kDealt), or exchanged within the quad.
 template <bool kDealt>
-__device__ __forceinline__ void store_codes(const Problem& p, const float (&t)[kGroup][4], int half, float reciprocal, int row, int index, int column,
-                                            bool inside, unsigned char* codes) {
-  uint32_t words[4];
+__device__ __forceinline__ void make_codes(const float (&t)[kGroup][4], int half, const Coder& coder, uint32_t (&words)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     uint32_t bits[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int at = 4 * i + j;
-      bits[j] = code_bits(kDealt ? t[at % kGroup][2 * half + at / kGroup] : t[at / 2][2 * half + at % 2], reciprocal, p.qmax);
+      bits[j] = coder.bits(kDealt ? t[at % kGroup][2 * half + at / kGroup] : t[at / 2][2 * half + at % 2]);
     }
     words[i] = four_bytes(bits[0], bits[1], bits[2], bits[3]);
   }
@@ -577,42 +584,36 @@ __device__ __forceinline__ void store_codes(const Problem& p, const float (&t)[k
 #pragma unroll
     for (int i = 0; i < 4; ++i) words[i] = __byte_perm(from[i % 2 * 2], from[i % 2 * 2 + 1], i / 2 == 0 ? 0x5410 : 0x7632);
   }
-  if (!inside) return;
-  if (codes != nullptr) {  // odd sizes: bytes, put together later
-#pragma unroll
-    for (int i = 0; i < 16; ++i)
-      if (column + i < p.n2) codes[index + i] = static_cast<unsigned char>(words[i / 4] >> (8 * (i % 4)));
-    return;
-  }
-  unsigned char* target = p.q + row * p.q_stride + (p.packed ? index / 2 : index);
-  if (p.n2 % 16 == 0) {
-    if (column >= p.n2) return;
-    if (p.packed) {
-      *reinterpret_cast<uint2*>(target) = make_uint2(eight_nibbles(words[0], words[1]), eight_nibbles(words[2], words[3]));
-    } else {
-      store_16(target, words);
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    if (column + 8 * i >= p.n2) return;
-    if (p.packed) {
-      reinterpret_cast<uint32_t*>(target)[i] = eight_nibbles(words[2 * i], words[2 * i + 1]);
-    } else {
-      reinterpret_cast<uint2*>(target)[i] = make_uint2(words[2 * i], words[2 * i + 1]);
-    }
-  }
 }
 
-// Codes that a team put together in shared memory to the row, from code `first` on; first is even where codes are packed.
-__device__ __forceinline__ void copy_codes(const Problem& p, const Team& team, int row, int first, int count, const unsigned char* codes) {
+// Codes of a round that its strips left in shared memory, a byte each, to the row. Strips are kRows lines of kPitch bytes one after another.
+template <int kRows, int kPitch>
+__device__ __forceinline__ void copy_codes(const Problem& p, const Plan& plan, const Team& team, int row, int first, int count, const unsigned char* codes) {
   const int thread = team.member * kWarp + threadIdx.x % kWarp, threads = team.warps * kWarp;
-  unsigned char* target = p.q + row * p.q_stride + (p.packed ? first / 2 : first);
-  if (p.packed) {
-    for (int i = thread; i < count / 2; i += threads) target[i] = static_cast<unsigned char>((codes[2 * i] & 15) | codes[2 * i + 1] << 4);
+  unsigned char* target = p.q + row * p.q_stride;
+  const auto find = [&](int at) {
+    const int line = divide(at / (plan.vector ? kVector : 1), plan.chunks_magic), block = plan.blocks_per_round > 1 ? line / p.n1 : 0;
+    const int m = line - block * p.n1;
+    return codes + (block * plan.strips + m / kRows) * (kRows * kPitch) + m % kRows * kPitch + at - line * p.n2;
+  };
+  if (plan.vector) {
+    for (int at = thread * kVector; at < count; at += threads * kVector) {
+      const uint2 words = *reinterpret_cast<const uint2*>(find(at));
+      if (p.packed) {
+        *reinterpret_cast<uint32_t*>(target + (first + at) / 2) = eight_nibbles(words.x, words.y);
+      } else {
+        *reinterpret_cast<uint2*>(target + first + at) = words;
+      }
+    }
+  } else if (p.packed) {
+    // A round may begin in the middle of a byte: the round before, of the same team, left the other half.
+    for (int byte = first / 2 + thread; 2 * byte < first + count; byte += threads) {
+      const int low = 2 * byte - first;
+      const int value = low >= 0 ? *find(low) & 15 : target[byte];
+      target[byte] = static_cast<unsigned char>(value | (low + 1 < count ? *find(low + 1) << 4 : 0));
+    }
   } else {
-    for (int i = thread; i < count; i += threads) target[i] = codes[i];
+    for (int at = thread; at < count; at += threads) target[first + at] = *find(at);
   }
 }
 
@@ -621,6 +622,7 @@ __device__ __forceinline__ void copy_codes(const Problem& p, const Team& team, i
 template <typename X, int kTilesN, int kTilesM, int kParts, int kWarps, bool kDirect>
 __global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __grid_constant__ Problem p, const __grid_constant__ Plan plan) {
   constexpr int kPitch = kTilesN * 16 + 16;  // an odd number of 16 bytes: the 8 rows of a matrix are in different banks
+  constexpr int kCodesPitch = kTilesN * 8 + 16;
   constexpr int kPart = kTilesN / kParts;
   constexpr int kStripRows = 16 * kTilesM;
   static_assert(kPart % kGroup == 0, "a group of tiles is computed together");
@@ -634,8 +636,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __g
   Team team = {warp / plan.team_warps, plan.team_warps, warp % plan.team_warps, reinterpret_cast<float*>(memory + warp / plan.team_warps * kSlots)};
   const bool idle = team.index >= plan.teams;  // helps with the factors only
   unsigned char* stage = stages + team.index * plan.stages * plan.stage_bytes;
-  unsigned char* codes =
-      plan.codes_bytes > 0 ? stages + plan.teams * plan.stages * plan.stage_bytes + team.index * plan.codes_bytes : nullptr;
+  unsigned char* codes = stages + plan.teams * plan.stages * plan.stage_bytes + team.index * plan.codes_bytes;
+  unsigned char* own_codes = codes + team.member * kStripRows * kCodesPitch;
   const uint32_t stages_from = to_shared(stage);
   const int row_step = gridDim.x * plan.teams, first_row = blockIdx.x * plan.teams + team.index;
 
@@ -851,33 +853,51 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __g
           if (team.member == 0 && lane == 0) p.scale[item.row] = scale.scale;
         }
       }
-      if (item.pass == plan.passes - 1 && strip.active) {
-        const float reciprocal = scale.reciprocal * y_unit;
-        const int base = (strip.block - (codes != nullptr && !plan.whole_row ? block0 : 0)) * p.n1 * p.n2;
+      if (item.pass == plan.passes - 1) {
+        const Coder coder = make_coder(p, scale, y_unit);
+        uint32_t words[kTilesM][2][kPart / kGroup][4];
 #pragma unroll
         for (int i = 0; i < kTilesM; ++i)
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int m = strip.first_row + 16 * i + lane / 4 + 8 * half;
+          for (int half = 0; half < 2; ++half)
 #pragma unroll
-            for (int group = 0; group < kPart / kGroup; ++group) {
-              const int column = (part_index * kPart + group * kGroup) * 8 + lane % 4 * 2 * kGroup;
-              store_codes<kDirect>(p, reinterpret_cast<const float(&)[kGroup][4]>(t[i][group * kGroup]), half, reciprocal, item.row, base + m * p.n2 + column,
-                                   column, m < p.n1, codes);
-            }
+            for (int group = 0; group < kPart / kGroup; ++group)
+              make_codes<kDirect>(reinterpret_cast<const float(&)[kGroup][4]>(t[i][group * kGroup]), half, coder, words[i][half][group]);
+        const int column = part_index * kPart * 8 + lane % 4 * 16;
+        const auto for_each = [&](auto&& function) {
+#pragma unroll
+          for (int i = 0; i < kTilesM; ++i)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+#pragma unroll
+              for (int group = 0; group < kPart / kGroup; ++group)
+                function(16 * i + 8 * half + lane / 4, column + group * kGroupColumns, words[i][half][group]);
+        };
+        if (plan.codes_bytes > 0) {
+          for_each([&](int line, int at, const uint32_t(&run)[4]) { store_16(own_codes + line * kCodesPitch + at, run); });
+        } else if (strip.active) {
+          const int from = strip.block * p.n1 + strip.first_row;
+          unsigned char* target = p.q + item.row * p.q_stride;
+          const int lines = p.n1 - strip.first_row;
+          if (p.packed) {
+            for_each([&](int line, int at, const uint32_t(&run)[4]) {
+              if (line < lines && at < p.n2)
+                *reinterpret_cast<uint2*>(target + ((from + line) * p.n2 + at) / 2) = make_uint2(eight_nibbles(run[0], run[1]), eight_nibbles(run[2], run[3]));
+            });
+          } else {
+            for_each([&](int line, int at, const uint32_t(&run)[4]) {
+              if (line < lines && at < p.n2) store_16(target + (from + line) * p.n2 + at, run);
+            });
           }
+        }
       }
     }
 
-    if (codes != nullptr && item.pass == plan.passes - 1 && (last_round || !plan.whole_row)) {
+    if (plan.codes_bytes > 0 && item.pass == plan.passes - 1) {
+      const int line = plan.rounds_per_block > 1 ? item.round % plan.rounds_per_block * plan.team_warps * kStripRows : 0;
+      const int lines = plan.rounds_per_block > 1 ? min(plan.team_warps * kStripRows, p.n1 - line) : block_count(item.round) * p.n1;
       team.sync();
-      if (plan.whole_row) {
-        copy_codes(p, team, item.row, 0, p.k, codes);
-      } else {
-        const int begin = plan.rounds_per_block > 1 ? item.round % plan.rounds_per_block * plan.team_warps * kStripRows * p.n2 : 0;
-        const int end = plan.rounds_per_block > 1 ? min(begin + plan.team_warps * kStripRows * p.n2, p.n1 * p.n2) : block_count(item.round) * p.n1 * p.n2;
-        copy_codes(p, team, item.row, block0 * p.n1 * p.n2 + begin, end - begin, codes + begin);
-      }
+      copy_codes<kStripRows, kCodesPitch>(p, plan, team, item.row, (block0 * p.n1 + line) * p.n2, lines * p.n2, codes);
       team.sync();
     }
   }
@@ -1013,7 +1033,12 @@ constexpr Form form() {
 }
 
 // In the order of choice: the first that holds n2 columns and fits shared memory. The last takes everything.
-const Form kHalfForms[] = {form<__half, 8, 2, 1, 12, false>(), form<__half, 16, 2, 1, 8, false>(), form<__half, 32, 1, 4, 8, true>()};
+#ifdef FQ_TRY
+const Form kHalfForms[] = {form<__half, 8, 1, 1, 16, false>(), form<__half, 16, 1, 1, 12, false>(),
+#else
+const Form kHalfForms[] = {form<__half, 8, 2, 1, 12, false>(), form<__half, 16, 2, 1, 8, false>(),
+#endif
+ form<__half, 32, 1, 4, 8, true>()};
 const Form kBfloatForms[] = {form<__nv_bfloat16, 8, 2, 1, 12, false>(), form<__nv_bfloat16, 16, 2, 1, 8, false>(), form<__nv_bfloat16, 32, 1, 4, 8, true>()};
 const Form kFloatForms[] = {form<float, 16, 1, 1, 8, false>(), form<float, 32, 1, 4, 8, true>()};
 
@@ -1030,12 +1055,9 @@ bool plan_form(const Form& form, const fq_flat_quantize_params& params, const Pr
   plan->strips = divided(params.n1, 16 * form.tiles_m);
   plan->rounds_per_block = divided(plan->strips, form.warps);
   plan->blocks_per_round = form.direct ? 1 : std::min(std::max(form.warps / plan->strips, 1), blocks);
-  const bool odd = block % 2 == 1 && params.container != FQ_INT8;  // a byte may hold codes of two blocks
-  if (odd && plan->blocks_per_round > 1 && plan->blocks_per_round < blocks) plan->blocks_per_round &= ~1;
   plan->team_warps = std::min(plan->blocks_per_round * plan->strips, form.warps);
   plan->rounds = plan->rounds_per_block > 1 ? blocks * plan->rounds_per_block : divided(blocks, plan->blocks_per_round);
   plan->passes = plan->rounds == 1 && form.parts == 1 ? 1 : 2;
-  plan->whole_row = odd && plan->rounds > 1 && plan->blocks_per_round % 2 == 1;
   plan->vector = params.n2 % kVector == 0;
   const int chunks = plan->vector ? params.n2 / kVector : params.n2;
   plan->chunks_magic = magic_of(chunks);
@@ -1048,9 +1070,8 @@ bool plan_form(const Form& form, const fq_flat_quantize_params& params, const Pr
   plan->left_bytes = form.direct ? 0 : plan->n1_padded * plan->left_pitch;
   plan->right_bytes = form.direct ? 0 : form.tiles_n * 8 * pitch;
   plan->stage_bytes = planes * plan->blocks_per_round * (form.direct ? std::min(plan->n1_padded, kSlice) : plan->n1_padded) * pitch;
-  const int64_t codes = plan->vector ? 0 : plan->whole_row ? params.k : static_cast<int64_t>(plan->blocks_per_round) * block;
-  if (codes > device.shared_memory) return false;
-  plan->codes_bytes = divided(codes, 16) * 16;
+  // Runs of 16 codes are stored by the threads that have them; where they do not end with rows of n2, codes meet in shared memory.
+  plan->codes_bytes = params.n2 % 16 == 0 ? 0 : plan->team_warps * 16 * form.tiles_m * (form.tiles_n * 8 + 16);
 
   // As many rows at once as fit, but rather fewer whose next rows are loaded meanwhile.
   const int fixed = kMaxTeams * kSlots + planes * (plan->left_bytes + plan->right_bytes);
@@ -1081,12 +1102,7 @@ const Form* choose_form(const fq_flat_quantize_params& params, const Prologue& p
   return first(kFloatForms, sizeof(kFloatForms) / sizeof(Form));
 }
 
-const char* fits(const fq_flat_quantize_params& params, const Prologue& prologue, const Device& device) {
-  Plan plan;
-  int shared = 0;
-  if (is_plain(params) || choose_form(params, prologue, device, &plan, &shared) != nullptr) return nullptr;
-  return "rows of blocks of an odd number of columns are packed in shared memory, which does not hold this one: use the int8 container";
-}
+const char* fits(const fq_flat_quantize_params&, const Prologue&, const Device&) { return nullptr; }
 
 Problem describe(const fq_flat_quantize_params& params, const Prologue& prologue) {
   Problem p = {};
@@ -1107,6 +1123,7 @@ Problem describe(const fq_flat_quantize_params& params, const Prologue& prologue
   p.factors_are_float = params.factor_dtype == FQ_FLOAT;
   p.clip = params.clip;
   p.qmax = params.bits == 4 ? 7.0f : 127.0f;
+  p.inverse_range = 1.0f / (2.0f * p.qmax + 1.0f);
   p.kind = prologue.kind;
   if (prologue.norm != nullptr) {
     p.second = prologue.norm->residual;
