@@ -559,10 +559,11 @@ __global__ void __launch_bounds__(128 * kFewWarpgroups<kTokens, kGrouped> + 32, 
   constexpr int kQuads = Kernel::kRows / 4;
   const int channel = threadIdx.x % kQuads * 4;
   const bool channel_exists = channel < rows && row0 + channel < p.n;
-  float4 w_scale = {1.f / 16, 1.f / 16, 1.f / 16, 1.f / 16}, bias = {};
-  if (channel_exists) {
-    if (!kGrouped) w_scale = __ldg(reinterpret_cast<const float4*>(p.w_scale + row0 + channel));
-    if (p.bias != nullptr) bias = __ldg(reinterpret_cast<const float4*>(p.bias + row0 + channel));
+  float w_scale[4], bias[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {  // single values: only q, w and y are aligned to more
+    w_scale[i] = !kGrouped && channel_exists ? __ldg(p.w_scale + row0 + channel + i) : 1.f / 16;
+    bias[i] = p.bias != nullptr && channel_exists ? __ldg(p.bias + row0 + channel + i) : 0.f;
   }
   float token_scale = 0;
   if (threadIdx.x < kTokens && token0 + threadIdx.x < p.m) token_scale = __ldg(p.scale + token0 + threadIdx.x);
@@ -637,8 +638,8 @@ __global__ void __launch_bounds__(128 * kFewWarpgroups<kTokens, kGrouped> + 32, 
     if constexpr (!kGrouped)
       sum = make_float4(__int2float_rn(whole.x), __int2float_rn(whole.y), __int2float_rn(whole.z), __int2float_rn(whole.w));
     const float scale = shared.scale[token];
-    const float y[4] = {finish(sum.x, w_scale.x, scale, bias.x), finish(sum.y, w_scale.y, scale, bias.y),
-                        finish(sum.z, w_scale.z, scale, bias.z), finish(sum.w, w_scale.w, scale, bias.w)};
+    const float y[4] = {finish(sum.x, w_scale[0], scale, bias[0]), finish(sum.y, w_scale[1], scale, bias[1]),
+                        finish(sum.z, w_scale[2], scale, bias[2]), finish(sum.w, w_scale[3], scale, bias[3])};
     const size_t at = size_t(token0 + token) * p.n + row0 + channel;
     if (p.dtype == FQ_FLOAT)
       *reinterpret_cast<float4*>(static_cast<float*>(p.y) + at) = make_float4(y[0], y[1], y[2], y[3]);
@@ -789,7 +790,8 @@ const char* fits(const fq_w4a4_gemm_params& p, const Device& device) {
 }
 
 fq_status launch(const fq_w4a4_gemm_params& p, const Device& device, cudaStream_t stream) {
-  if (p.tactic != 0 ? p.tactic <= kFew8 : p.m <= 64) {
+  constexpr int64_t kMostFew = 64 * 65535;  // token tiles are the grid's third dimension
+  if ((p.tactic != 0 && p.tactic <= kFew8 && p.m <= kMostFew) || (p.tactic == 0 && p.m <= 64)) {
     const int splits = p.tactic != 0 ? 1 << (p.tactic - kFew1) : 0;
     return p.groups > 1 ? launch_few_tokens<true>(p, device, splits, stream) : launch_few_tokens<false>(p, device, splits, stream);
   }
