@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from fqonnx.ops import add_functions, flat_quantize_node, int4_tensor, to_layout, w4a4_gemm_node
+from fqonnx.ops import add_functions, flat_quantize_node, int4_tensor, silu_mul_flat_quantize_node, to_layout, w4a4_gemm_node
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,15 +69,23 @@ def flat_quantize_model(
     opset: int = 21,
     gemms: Sequence[Gemm] = (),
     layout: str = "plain",
+    gate: int | None = None,
 ) -> ir.Model:
-    """``x`` (fed as fp32, cast to ``dtype``) -> ``q``, ``scale`` and the output ``y0``, ``y1``.. of each GEMM, cast back to fp32."""
-    x = ir.val("x", ir.DataType.FLOAT, [*lead, k])
+    """``x`` (fed as fp32, cast to ``dtype``) -> ``q``, ``scale`` and the output ``y0``, ``y1``.. of each GEMM, cast back to fp32.
+
+    With ``gate``, ``x`` is ``[.., 2 k]``, a gate and its factor, of which that half is the gate.
+    """
+    x = ir.val("x", ir.DataType.FLOAT, [*lead, k if gate is None else 2 * k])
     model = empty_model([x], opset)
     graph = model.graph
     factors = [
         constant(graph, name, np.asarray(value, np.float32)) for name, value in (("left", left), ("right", right), ("clip", np.array(clip)))
     ]
-    quantize = flat_quantize_node(cast(graph, x, dtype, "x_typed"), *factors, bits=bits, packed=packed, name="quantize")
+    typed = cast(graph, x, dtype, "x_typed")
+    if gate is None:
+        quantize = flat_quantize_node(typed, *factors, bits=bits, packed=packed, name="quantize")
+    else:
+        quantize = silu_mul_flat_quantize_node(typed, *factors, gate=gate, bits=bits, packed=packed, name="quantize")
     graph.append(quantize)
     graph.outputs.extend(quantize.outputs)
     for index, gemm in enumerate(gemms):

@@ -14,7 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fqonnx.errors import ModelError
-from fqonnx.ops import OPSETS, add_functions, dequantize_nodes, flat_quantize_node, function_for, inline_bodies, reference, w4a4_gemm_node
+from fqonnx.ops import (
+    OPSETS,
+    add_functions,
+    dequantize_nodes,
+    flat_quantize_node,
+    function_for,
+    inline_bodies,
+    reference,
+    silu_mul_flat_quantize_node,
+    w4a4_gemm_node,
+)
 from tests.ops_graphs import Gemm, append_gemm, cast, empty_model, flat_quantize_model, gemm_model, proto, run
 
 DTYPES = {ir.DataType.FLOAT: np.float32, ir.DataType.FLOAT16: np.float16, ir.DataType.BFLOAT16: ml_dtypes.bfloat16}
@@ -118,6 +128,65 @@ def test_rows_at_the_edges_of_fp32(factors: str, packed: bool) -> None:
         index = list(rows).index(row)
         assert codes[index].tolist() == ([7, -7, 4, -2, 0, 1, -5, 7] if full else [0] * 8), row
     assert scale[:, 0].tolist() == [1, 1, np.float32(largest / 7), smallest, 1, 1, 1]
+
+
+@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("gate", [0, 1])
+def test_a_gated_product_is_quantized_bit_for_bit_where_it_is_exact(gate: int, dtype: ir.DataType, opset: int) -> None:
+    """Far from 0 a sigmoid is 1 or 0 in fp32, and silu(v) is v or 0."""
+    rng = np.random.default_rng(gate)
+    for (n1, n2, blocks), lead, (bits, pack) in zip(FACTORS, LEADS, [(4, False), (8, False), (4, True)] * 3, strict=False):
+        up, left, right = exact_case(rng, n1, n2, blocks, lead)
+        passed = rng.choice([128, 0, -256], up.shape).astype(np.float32)
+        x = np.concatenate([passed, up] if gate == 0 else [up, passed], axis=-1)
+        packed, clip = pack and up.shape[-1] % 2 == 0, float(rng.uniform(0.5, 1))
+        model = flat_quantize_model(
+            left, right, clip, up.shape[-1], lead=[None] * len(lead), dtype=dtype, bits=bits, packed=packed, gate=gate, opset=opset
+        )
+        onnx.checker.check_model(proto(model), full_check=True)
+        got = run(model, x=x)
+        q, scale = reference.silu_mul_flat_quantize(typed(x, dtype), left, right, clip, gate=gate, bits=bits, packed=packed)
+        np.testing.assert_array_equal(got["q"], q, strict=True)
+        np.testing.assert_array_equal(got["scale"], scale, strict=True)
+        h = np.maximum(passed, 0) * up
+        np.testing.assert_array_equal(q, reference.flat_quantize(typed(h, dtype), left, right, clip, bits=bits, packed=packed)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
+def test_a_gated_product_is_rounded_once(dtype: ir.DataType) -> None:
+    """The reference against float64, and the body against the reference: codes as wide as there are, without a transform."""
+    rng = np.random.default_rng(0)
+    x = typed(rng.normal(size=(50, 128)).astype(np.float32) * 3, dtype)
+    gate, up = np.split(x.astype(np.float64), 2, axis=-1)
+    exact = gate / (1 + np.exp(-gate)) * up
+    h = reference.silu_mul(x)
+    assert h.dtype == DTYPES[dtype]
+    ulp = np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64) * 2 ** (23 - ml_dtypes.finfo(DTYPES[dtype]).nmant)
+    np.testing.assert_array_less(np.abs(h.astype(np.float64) - exact), ulp * (4 if dtype == ir.DataType.FLOAT else 0.51) + 1e-7)
+    np.testing.assert_array_equal(h, reference.silu_mul(np.concatenate([x[:, 64:], x[:, :64]], axis=1), gate=1))
+
+    got = run(flat_quantize_model(NONE, NONE, 1.0, 64, dtype=dtype, bits=8, gate=0), x=x.astype(np.float32))
+    q, scale = reference.silu_mul_flat_quantize(x, NONE, NONE, 1.0, bits=8)
+    # A sigmoid's last bit may move h to the next value of its type, and that a code to its neighbour.
+    eps = float(ml_dtypes.finfo(DTYPES[dtype]).eps)
+    np.testing.assert_allclose(got["scale"], scale, rtol=eps + 1e-6)
+    differs = got["q"] != q
+    assert np.abs(got["q"].astype(int) - q).max() <= 1
+    assert np.count_nonzero(differs) <= 0.01 * q.size
+
+
+@pytest.mark.parametrize("gate", [0, 1])
+def test_a_gate_at_the_edges(gate: int) -> None:
+    """As 0 times infinity is NaN, so is the row of a gate of minus infinity; an up of 0 behind a gate of -1e4 is just 0."""
+    rows = np.array([[np.nan, 1, 1, 1], [1, 1, np.inf, 1], [-np.inf, 1, 1, 1], [1e4, 1, 2, 2], [-1e4, 1, 0, 3]], np.float32)
+    x = rows if gate == 0 else rows[:, [2, 3, 0, 1]]
+    got = run(flat_quantize_model(NONE, NONE, 1.0, 2, gate=gate), x=x)
+    q, scale = reference.silu_mul_flat_quantize(x, NONE, NONE, 1.0, gate=gate)
+    for scales in (got["scale"], scale):
+        assert np.isnan(scales[:, 0]).tolist() == [True, True, True, False, False]
+    np.testing.assert_allclose(got["scale"][3:], scale[3:], rtol=1e-6)
+    assert got["q"][3:].tolist() == q[3:].tolist() == [[7, 0], [0, 7]]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -269,6 +338,9 @@ def test_inferred_shapes_agree_with_the_constructors() -> None:
     assert declared["gemm0"] == [(ir.DataType.FLOAT16, "[batch,tokens,12]")]
     inferred = onnx.shape_inference.infer_shapes(proto(model), strict_mode=True, data_prop=True)
     assert [d.dim_value for d in inferred.graph.output[0].type.tensor_type.shape.dim[2:]] == [64]
+    gated = flat_quantize_model(np.eye(8), np.eye(16), 1.0, 128, lead=["batch"], packed=True, gate=1)
+    assert [(v.dtype, str(v.shape)) for v in gated.graph.outputs] == [(ir.DataType.INT8, "[batch,64]"), (ir.DataType.FLOAT, "[batch,1]")]
+    onnx.shape_inference.infer_shapes(proto(gated), strict_mode=True, data_prop=True)
 
 
 def test_several_nodes_share_one_body() -> None:
@@ -284,7 +356,7 @@ def test_several_nodes_share_one_body() -> None:
         np.testing.assert_allclose(got[f"y{index}"], want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("op", ["FlatQuantize", "W4A4Gemm"])
+@pytest.mark.parametrize("op", ["FlatQuantize", "SiluMulFlatQuantize", "W4A4Gemm"])
 def test_a_body_has_unique_names_and_standard_ops_at_one_opset_only(op: str) -> None:
     function = function_for(op, 23)
     names = [node.name for node in function]
@@ -360,7 +432,7 @@ def test_inlined_bodies_compute_the_same_under_names_of_their_calls() -> None:
 def test_an_op_that_does_not_exist_is_refused() -> None:
     model = empty_model([ir.val("x", ir.DataType.FLOAT, [1])])
     model.graph.append(ir.node("W2A2Gemm", [model.graph.inputs[0]], domain="fqonnx"))
-    with pytest.raises(ModelError, match=r"there is no op fqonnx.W2A2Gemm: this version has FlatQuantize, W4A4Gemm"):
+    with pytest.raises(ModelError, match=r"there is no op fqonnx.W2A2Gemm: this version has FlatQuantize, SiluMulFlatQuantize, W4A4Gemm"):
         add_functions(model)
 
 
@@ -394,6 +466,14 @@ def test_constructors_refuse_what_the_ops_cannot_do() -> None:
         flat_quantize_node(*node_inputs(), bits=8, packed=True, name="fq")
     with pytest.raises(ValueError, match="4 or 8 bits, not 5"):
         flat_quantize_node(*node_inputs(), bits=5, name="fq")
+    with pytest.raises(ModelError, match="the input of fq has 7 columns, which are no two halves"):
+        silu_mul_flat_quantize_node(*node_inputs(k=7), name="fq")
+    with pytest.raises(ModelError, match="rows of 3 4-bit codes cannot be packed two a byte"):
+        silu_mul_flat_quantize_node(*node_inputs(), packed=True, name="fq")
+    with pytest.raises(ModelError, match=r"the input of fq is INT32"):
+        silu_mul_flat_quantize_node(*node_inputs(ir.DataType.INT32), name="fq")
+    with pytest.raises(ValueError, match="gate is 0 or 1, not 2"):
+        silu_mul_flat_quantize_node(*node_inputs(), gate=2, name="fq")
     q, scale, w = ir.val("q", ir.DataType.INT8), ir.val("s", ir.DataType.FLOAT), ir.val("w", ir.DataType.INT4, [4, 192])
     rest = [w, ir.val("w_scale", ir.DataType.FLOAT), ir.val("bias", ir.DataType.FLOAT)]
     with pytest.raises(ModelError, match="rows of 192 codes do not fit a weight layout of blocks of 128: use layout 'plain'"):
@@ -417,6 +497,9 @@ def test_shapes_stay_unknown_where_the_input_has_none() -> None:
 
 def test_references_refuse_shapes_that_do_not_fit() -> None:
     x = np.ones((2, 7), np.float32)
+    for gate_up, gate in ((x, 0), (np.ones((2, 8), np.float32), 2)):
+        with pytest.raises(ValueError, match="is no gate"):
+            reference.silu_mul(gate_up, gate=gate)
     with pytest.raises(ValueError, match="do not transform rows of 7"):
         reference.flat_quantize(x, np.eye(2, dtype=np.float32), NONE, 1.0)
     with pytest.raises(ModelError, match="cannot be packed"):

@@ -51,6 +51,9 @@ CASES = {
     "no transform": {"n1": 1, "n2": 1},
     "K = 2 mod 4": {"n1": 2, "n2": 23},
     "prime K": {"n1": 1, "n2": 31},
+    "gated": {"gate": 0},
+    "gated, packed, fp16": {"gate": 1, "packed": True, "dtype": ir.DataType.FLOAT16},
+    "gated, bf16": {"gate": 0, "dtype": ir.DataType.BFLOAT16},
 }
 
 
@@ -79,7 +82,8 @@ def test_a_quantized_linear_builds_with_a_dynamic_batch(logger: Any, case: str, 
         "scale": (-1, -1, 1),
         "y0": (-1, -1, 24),
     }
-    engine = build(builder, network, ((1, 1, k), (2, 16, k), (4, 64, k)))
+    width = k * (2 if "gate" in options else 1)
+    engine = build(builder, network, ((1, 1, width), (2, 16, width), (4, 64, width)))
     assert engine is not None
     assert engine.nbytes > 0
 

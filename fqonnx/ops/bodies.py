@@ -19,17 +19,15 @@ OPSETS = range(21, 26)
 """Opsets of the default domain that the bodies are proven at; a body imports its model's own."""
 
 # ONNX's text form. Every node is named after its output when it is read.
-_BODIES = {
-    "FlatQuantize": """
-FlatQuantize <bits: int = 4, packed: int = 0, plugin_namespace: string = "fqonnx", plugin_version: string = "1">
-(x, left, right, clip) => (q, scale)
-{
-    one = Constant <value_float: float = 1.0> ()
+_CONSTANTS = """    one = Constant <value_float: float = 1.0> ()
     one_int = Constant <value_int: int = 1> ()
     begin = Constant <value_ints: ints = [0]> ()
     second = Constant <value_ints: ints = [1]> ()
     last = Constant <value_ints: ints = [-1]> ()
+"""
 
+# From x to q and scale, the same behind every prologue.
+_QUANTIZE = """
     # 30 bits - 113 is 2^(bits - 1) - 1 for 4 as for 8, in integers and so exactly.
     bits = Constant <value_int: int = @bits> ()
     thirty = Constant <value_int: int = 30> ()
@@ -101,19 +99,49 @@ FlatQuantize <bits: int = 4, packed: int = 0, plugin_namespace: string = "fqonnx
     pairs = Add (high_shifted, low_signed)
     container = Concat <axis: int = -1> (plain, pairs)
     q = Cast <to: int = 3> (container)
-}
+"""
+
+# h in the place of x, rounded once to x's type. A half is a slice from gate K, and from (1 - gate) K.
+_SILU_MUL = """
+    gate = Constant <value_int: int = @gate> ()
+    up = Sub (one_int, gate)
+    halves = Constant <value_ints: ints = [2]> ()
+    merged_k = Shape <start: int = -1> (gate_up)
+    half_k = Div (merged_k, halves)
+    gate_begin = Mul (half_k, gate)
+    gate_end = Add (gate_begin, half_k)
+    up_begin = Mul (half_k, up)
+    up_end = Add (up_begin, half_k)
+    gate_up_float = Cast <to: int = 1> (gate_up)
+    gate_float = Slice (gate_up_float, gate_begin, gate_end, last)
+    up_float = Slice (gate_up_float, up_begin, up_end, last)
+    sigmoid = Sigmoid (gate_float)
+    silu = Mul (gate_float, sigmoid)
+    h = Mul (silu, up_float)
+    x = CastLike (h, gate_up)
+"""
+
+_ATTRIBUTES = 'bits: int = 4, packed: int = 0, plugin_namespace: string = "fqonnx", plugin_version: string = "1"'
+
+_BODIES = {
+    "FlatQuantize": f"""
+FlatQuantize <{_ATTRIBUTES}>
+(x, left, right, clip) => (q, scale)
+{{
+{_CONSTANTS}{_QUANTIZE}}}
 """,
-    "W4A4Gemm": """
+    "SiluMulFlatQuantize": f"""
+SiluMulFlatQuantize <gate: int = 0, {_ATTRIBUTES}>
+(gate_up, left, right, clip) => (q, scale)
+{{
+{_CONSTANTS}{_SILU_MUL}{_QUANTIZE}}}
+""",
+    "W4A4Gemm": f"""
 W4A4Gemm <packed: int = 0, layout: string = "plain", layout_shape: ints = [0, -1], layout_perm: ints = [0, 1], dtype: int = 1,
           plugin_namespace: string = "fqonnx", plugin_version: string = "1">
 (q, scale, w, w_scale, bias) => (y)
-{
-    one = Constant <value_float: float = 1.0> ()
-    one_int = Constant <value_int: int = 1> ()
-    begin = Constant <value_ints: ints = [0]> ()
-    second = Constant <value_ints: ints = [1]> ()
-    last = Constant <value_ints: ints = [-1]> ()
-
+{{
+{_CONSTANTS}
     # Unpacking, on no columns unless packed.
     end = Constant <value_ints: ints = [9223372036854775807]> ()
     sixteen = Constant <value_float: float = 16.0> ()
@@ -170,7 +198,7 @@ W4A4Gemm <packed: int = 0, layout: string = "plain", layout_shape: ints = [0, -1
     y_shape = Concat <axis: int = 0> (lead, n)
     y_float = Reshape <allowzero: int = 1> (y_rows, y_shape)
     y = Cast <to: int = @dtype> (y_float)
-}
+}}
 """,
 }
 
@@ -179,7 +207,7 @@ def function_for(op: str, opset: int) -> ir.Function:
     """The body of an op.
 
     Args:
-        op: ``FlatQuantize`` or ``W4A4Gemm``.
+        op: ``FlatQuantize``, ``SiluMulFlatQuantize`` or ``W4A4Gemm``.
         opset: The model's version of the default domain.
 
     Returns:

@@ -9,10 +9,12 @@ from fqonnx.ops.bodies import DOMAIN, VERSION
 from fqonnx.ops.layout import check_container, layout_named
 
 FLOAT_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-"""What ``FlatQuantize`` reads and ``W4A4Gemm`` writes."""
+"""What ``FlatQuantize`` and the ops that end in it read and ``W4A4Gemm`` writes."""
 
 # By these TensorRT's parser finds the plugin, where its creator is registered.
 _PLUGIN = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
+
+_SplitShape = tuple[tuple[int | ir.SymbolicDim, ...] | None, int | ir.SymbolicDim | None]
 
 
 def flat_quantize_node(
@@ -36,22 +38,53 @@ def flat_quantize_node(
         ModelError: ``x`` is not of a float type, or its K is odd with ``packed``.
         ValueError: ``bits`` is neither 4 nor 8.
     """
-    _check_float(x.dtype, f"the input of {name}")
-    lead, k = _split_shape(x)
+    return _quantize_node("FlatQuantize", [x, left, right, clip], _split_shape(x), {}, bits=bits, packed=packed, name=name)
+
+
+def silu_mul_flat_quantize_node(
+    gate_up: ir.Value, left: ir.Value, right: ir.Value, clip: ir.Value, *, gate: int = 0, bits: int = 4, packed: bool = False, name: str
+) -> ir.Node:
+    """A ``SiluMulFlatQuantize`` node, as ``fqonnx.ops.reference.silu_mul_flat_quantize`` defines it.
+
+    Args:
+        gate_up: ``[.., 2 K]`` fp16, bf16 or fp32.
+        left: As of ``flat_quantize_node``, for K.
+        right: Likewise.
+        clip: Likewise.
+        gate: Which half is the gate, 0 or 1.
+        bits: 4 or 8.
+        packed: Two 4-bit codes a byte.
+        name: The node's name; its outputs are ``{name}.q`` and ``{name}.scale``.
+
+    Returns:
+        The node, with the outputs of ``flat_quantize_node`` for K.
+
+    Raises:
+        ModelError: ``gate_up`` is not of a float type, its last dimension is odd, or K is odd with ``packed``.
+        ValueError: ``bits`` is neither 4 nor 8, or ``gate`` neither 0 nor 1.
+    """
+    if gate not in (0, 1):
+        raise ValueError(f"gate is 0 or 1, not {gate}")
+    lead, merged = _split_shape(gate_up)
+    if isinstance(merged, int) and merged % 2:
+        raise ModelError(f"the input of {name} has {merged} columns, which are no two halves")
+    shape = lead, merged // 2 if isinstance(merged, int) else None
+    return _quantize_node("SiluMulFlatQuantize", [gate_up, left, right, clip], shape, {"gate": gate}, bits=bits, packed=packed, name=name)
+
+
+def _quantize_node(
+    op: str, inputs: list[ir.Value], shape: _SplitShape, attributes: dict[str, int], *, bits: int, packed: bool, name: str
+) -> ir.Node:
+    """An op that ends in ``q`` and ``scale`` for rows of ``shape``."""
+    _check_float(inputs[0].dtype, f"the input of {name}")
+    lead, k = shape
     check_container(bits=bits, packed=packed, k=k if isinstance(k, int) else 0)
     q = ir.Value(name=f"{name}.q", type=ir.TensorType(ir.DataType.INT8))
     scale = ir.Value(name=f"{name}.scale", type=ir.TensorType(ir.DataType.FLOAT))
     if lead is not None:
         q.shape = ir.Shape([*lead, k // 2 if packed and isinstance(k, int) else None if packed else k])
         scale.shape = ir.Shape([*lead, 1])
-    return ir.node(
-        "FlatQuantize",
-        [x, left, right, clip],
-        {"bits": bits, "packed": int(packed), **_PLUGIN},
-        domain=DOMAIN,
-        outputs=[q, scale],
-        name=name,
-    )
+    return ir.node(op, inputs, {**attributes, "bits": bits, "packed": int(packed), **_PLUGIN}, domain=DOMAIN, outputs=[q, scale], name=name)
 
 
 def w4a4_gemm_node(
@@ -139,7 +172,7 @@ def _unary(
     return ir.node(op_type, inputs, attributes, outputs=[output], name=name)
 
 
-def _split_shape(value: ir.Value) -> tuple[tuple[int | ir.SymbolicDim, ...] | None, int | ir.SymbolicDim | None]:
+def _split_shape(value: ir.Value) -> _SplitShape:
     """The leading dimensions and the last; None for both where the rank is unknown."""
     if value.shape is None or not value.shape.rank():
         return None, None

@@ -60,6 +60,34 @@ def flat_quantize(x: FloatArray, left: Array, right: Array, clip: float, *, bits
     return pack_rows(q) if packed else q, scale
 
 
+def silu_mul(gate_up: FloatArray, *, gate: int = 0) -> FloatArray:
+    """What ``SiluMulFlatQuantize`` quantizes: ``h = silu(gate) · up`` in fp32, rounded once to the input's type.
+
+    Args:
+        gate_up: ``[.., 2 K]`` fp16, bf16 (``ml_dtypes``) or fp32: a merged product's output.
+        gate: Which half is the gate: 0, columns ``0 .. K - 1``, or 1, columns ``K .. 2 K - 1``. The other one is ``up``.
+
+    Returns:
+        ``h``, ``[.., K]`` of the input's type; ``silu(v) = v / (1 + exp(-v))``.
+
+    Raises:
+        ValueError: An odd number of columns, or ``gate`` is neither 0 nor 1.
+    """
+    if gate_up.shape[-1] % 2 or gate not in (0, 1):
+        raise ValueError(f"half {gate} of {gate_up.shape[-1]} columns is no gate")
+    halves = np.split(gate_up.astype(np.float32), 2, axis=-1)
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        h: FloatArray = (halves[gate] / (1 + np.exp(-halves[gate])) * halves[1 - gate]).astype(gate_up.dtype)
+    return h
+
+
+def silu_mul_flat_quantize(
+    gate_up: FloatArray, left: Array, right: Array, clip: float, *, gate: int = 0, bits: int = 4, packed: bool = False
+) -> tuple[Int8Array, Array]:
+    """``SiluMulFlatQuantize``: ``flat_quantize`` of ``silu_mul``; arguments, results and errors are theirs."""
+    return flat_quantize(silu_mul(gate_up, gate=gate), left, right, clip, bits=bits, packed=packed)
+
+
 def w4a4_gemm(
     q: Int8Array,
     scale: Array,
