@@ -438,12 +438,18 @@ def test_ten_thousand_launches() -> None:
 
 
 @each_form
-@pytest.mark.parametrize("groups", [1, 2])
-def test_sanitizer_subset(form: Form, groups: int) -> None:
+@pytest.mark.parametrize("scales", ["channel", "channel, K no multiple of 32", "smallest group", "largest group"])
+def test_sanitizer_subset(form: Form, scales: str) -> None:
     """Each tactic once, with tails everywhere, against the reference itself."""
+    groups = 2 if "group" in scales else 1
     if groups > 1 and not form.group_sizes():
         pytest.skip("one scale a channel only")
-    k = form.round_k(400) if groups == 1 else 2 * form.group_sizes()[-1]
+    if groups == 1:
+        k = form.round_k(416 if scales == "channel" else 400)
+    else:
+        size = min(form.group_sizes()) if "smallest" in scales else max(form.group_sizes())
+        k = int(np.lcm(2 * size, form.k_multiple))
+        groups = k // size
     problem = make(19, 80, k, groups=groups)
     arrays = [t.cpu().numpy() for t in (problem.q, problem.scale[:, None], problem.w, problem.w_scale, problem.bias)]
     q, scale, w, w_scale, bias = arrays
