@@ -112,6 +112,7 @@ class W4A4GemmParams(ctypes.Structure):
         ("layout", ctypes.c_int32),
         ("variant", ctypes.c_int32),
         ("tactic", ctypes.c_int32),
+        ("constant_weights", ctypes.c_int32),
     )
 
 
@@ -390,6 +391,7 @@ def w4a4_gemm(
     layout: str = "plain",
     kernel: str | None = None,
     tactic: int = 0,
+    constant_weights: bool = False,
 ) -> torch.Tensor:
     """``(q . w^T) * w_scale * scale + bias`` with exact integer sums: ``W4A4Gemm``.
 
@@ -403,6 +405,7 @@ def w4a4_gemm(
         layout: A key of ``LAYOUTS``.
         kernel: Name of a kernel of ``fqonnx.ops.kernels.KERNELS``; None is the table's choice.
         tactic: Tile of the kernel, from 1 to ``gemm_tactics``; 0 is chosen from the shape.
+        constant_weights: No work that is still under way writes ``w``, ``w_scale`` or ``bias``: they may be read while q is being made.
 
     Returns:
         ``[.., N]`` of ``dtype``.
@@ -412,6 +415,7 @@ def w4a4_gemm(
         EngineError: No kernel takes this, or there is no library.
     """
     params, y = _gemm_params(q, scale, w, w_scale, bias, dtype=dtype, layout=layout, kernel=kernel, tactic=tactic)
+    params.constant_weights = constant_weights
     _enqueue(q, "fq_w4a4_gemm", params)
     return y
 
@@ -570,7 +574,7 @@ def _gemm_params(
     y = torch.empty((*q.shape[:-1], n), dtype=dtype, device=q.device)
     params = W4A4GemmParams(
         *(tensor.data_ptr() for tensor in (q, scale, w, w_scale)), _address(bias), y.data_ptr(), rows, n, k, groups,
-        number, CONTAINERS[container], LAYOUTS[layout], variant_of("W4A4Gemm", kernel), tactic,
+        number, CONTAINERS[container], LAYOUTS[layout], variant_of("W4A4Gemm", kernel), tactic, False,
     )  # fmt: skip
     return params, y
 

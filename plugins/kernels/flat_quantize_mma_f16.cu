@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "dependent_launch.cuh"
 #include "kernel.h"
 #include "mma.cuh"
 
@@ -43,7 +44,7 @@ struct Problem {
   int rows, k, n1, n2, blocks;
   PrologueKind kind;
   bool factors_are_float, packed;
-  float clip, epsilon, qmax, inverse_range;  // inverse_range: 1 / (2 qmax + 1)
+  float clip, epsilon, qmax, inverse_k, inverse_range;  // inverse_range: 1 / (2 qmax + 1)
 };
 
 // How the transform's work is cut; see plan().
@@ -179,6 +180,19 @@ __device__ __forceinline__ float warp_sum(float value) {
 
 __device__ __forceinline__ float clip_of(const Problem& p) { return p.clip_ptr != nullptr ? *p.clip_ptr : p.clip; }
 
+struct PowerOfTwo {
+  float value, inverse;
+};
+
+// What fp16 holds Y in units of: the power of two that takes the strip's largest magnitude to 2^14 .. 2^15. So Y cannot overflow, whatever x and
+// the factors are, and loses nothing but the rounding to 11 bits (what is 2^-29 times the largest and below vanishes). Undone in the scale, exactly.
+template <typename X>
+__device__ __forceinline__ PowerOfTwo power_of_two(float largest) {
+  if constexpr (!std::is_same<X, __half>::value) return {1.0f, 1.0f};
+  const int exponent = min(max(static_cast<int>(__float_as_uint(largest) >> 23), 127 - 100), 127 + 100);
+  return {__uint_as_float(static_cast<uint32_t>(exponent - 14) << 23), __uint_as_float(static_cast<uint32_t>(127 + 127 + 14 - exponent) << 23)};
+}
+
 struct RowScale {
   float scale, reciprocal;  // the reciprocal is 0 where all codes are
 };
@@ -273,6 +287,10 @@ __device__ __forceinline__ float sum_of_squares(const Problem& p, int row, int t
   return total;
 }
 
+__device__ __forceinline__ float inverse_root(const Problem& p, float squares) {
+  return __frcp_rn(__fsqrt_rn(squares * p.inverse_k + p.epsilon));
+}
+
 // ---- teams of warps ----
 
 struct Team {
@@ -309,8 +327,7 @@ template <typename X>
 __device__ __forceinline__ float find_inverse_rms(const Problem& p, int row, bool vector, Team* team) {
   const int thread = team->member * kWarp + threadIdx.x % kWarp, threads = team->warps * kWarp;
   const float part = vector ? sum_of_squares<X, kVector>(p, row, thread, threads) : sum_of_squares<X, 1>(p, row, thread, threads);
-  const float mean = team->sum(part) / static_cast<float>(p.k);
-  return __fdiv_rn(1.0f, __fsqrt_rn(mean + p.epsilon));
+  return inverse_root(p, team->sum(part));
 }
 
 // ---- tensor cores ----
@@ -621,6 +638,7 @@ __device__ __forceinline__ void copy_codes(const Problem& p, const Plan& plan, c
 // where registers do not hold them all; kDirect: the factors are read from global memory where they are needed, and x a slice of n1 at a time.
 template <typename X, int kTilesN, int kTilesM, int kParts, int kWarps, bool kDirect>
 __global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __grid_constant__ Problem p, const __grid_constant__ Plan plan) {
+  let_next_begin();
   constexpr int kPitch = kTilesN * 16 + 16;  // an odd number of 16 bytes: the 8 rows of a matrix are in different banks
   constexpr int kCodesPitch = kTilesN * 8 + 16;
   constexpr int kPart = kTilesN / kParts;
@@ -770,16 +788,14 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __g
           }
         }
       }
-      // fp16 holds Y scaled by the power of two that takes the strip's largest magnitude to 2^14 .. 2^15: it cannot overflow, whatever x and the
-      // factors are, and loses nothing but the rounding to 11 bits (values 2^-29 times the largest and below vanish). Undone below, exactly.
       float y_scale = 1.0f;
       if constexpr (std::is_same<X, __half>::value) {
         float magnitude = 0.0f;
 #pragma unroll
         for (int i = 0; i < kTilesM * kTilesN * 4; ++i) magnitude = max_or_nan(magnitude, fabsf((&sums[0][0][0])[i]));
-        const int exponent = min(max(static_cast<int>(__float_as_uint(warp_max(magnitude)) >> 23), 127 - 100), 127 + 100);
-        y_scale = __uint_as_float(static_cast<uint32_t>(127 + 127 + 14 - exponent) << 23);
-        y_unit = __uint_as_float(static_cast<uint32_t>(exponent - 14) << 23);
+        const PowerOfTwo power = power_of_two<X>(warp_max(magnitude));
+        y_scale = power.inverse;
+        y_unit = power.value;
       }
 #pragma unroll
       for (int i = 0; i < kTilesM; ++i)
@@ -903,6 +919,251 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __g
   }
 }
 
+// ---- the transform of few rows ----
+
+// A row is spread over a cluster of blocks: what counts is how soon the last code is out. A block has some strips of n1, its warps share the
+// columns; Y goes through shared memory, and each step is short enough for a kernel of a few hundred instructions.
+struct Split {
+  int blocks, strips;           // of a row; of a block
+  int warp_columns, pair_shift; // warps side by side; 1 where a warp has two pairs of tiles, not one
+  int n1_padded, n2_padded, pitch, left_pitch, left_bytes, x_bytes;
+  uint32_t chunks_magic, padded_magic, left_magic;
+};
+
+constexpr int kSplitWarps = 8;
+constexpr int kSplitItems = 4;  // pieces of 16 x 16 that a warp has at most
+constexpr int kMaxCluster = 8;
+
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
+// Writes to the same place of another block of the cluster.
+__device__ __forceinline__ void store_at(float* place, int block, float value) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "st.shared::cluster.f32 [remote], %2;\n"
+      "}\n" ::"r"(to_shared(place)),
+      "r"(block), "f"(value)
+      : "memory");
+#endif
+}
+
+// Columns `first_column`.. of a factor of n x n, zeros outside it.
+template <typename X>
+__device__ __forceinline__ void stage_columns(const Problem& p, const void* factor, int n, int rows, int first_column, int columns, uint32_t magic, int pitch,
+                                              unsigned char* target) {
+  const int chunks = columns / kVector;
+  const bool vector = is_vector(factor, n);
+  if (vector && !p.factors_are_float) {
+#pragma unroll 4
+    for (int unit = threadIdx.x; unit < rows * chunks; unit += kSplitWarps * kWarp) {
+      const int row = divide(unit, magic), chunk = unit - row * chunks, column = first_column + chunk * kVector;
+      const bool inside = row < n && column < n;
+      copy_16(to_shared(target) + row * pitch + chunk * 16, static_cast<const uint16_t*>(factor) + (inside ? row * n + column : 0), inside);
+    }
+  } else {
+#pragma unroll 4
+    for (int unit = threadIdx.x; unit < rows * chunks; unit += kSplitWarps * kWarp) {
+      const int row = divide(unit, magic), chunk = unit - row * chunks;
+      float values[kVector];
+      load_factor<X>(p, factor, n, vector, row, first_column + chunk * kVector, values);
+      uint32_t words[1][kVector / 2];
+      split<X>(values, words);
+      store_16(target + row * pitch + chunk * 16, words[0]);
+    }
+  }
+}
+
+template <typename X>
+__global__ void __launch_bounds__(kSplitWarps* kWarp) split_quantize(const __grid_constant__ Problem p, const __grid_constant__ Split plan) {
+  constexpr int kThreads = kSplitWarps * kWarp;
+  extern __shared__ __align__(16) unsigned char memory[];
+  __shared__ __align__(16) unsigned char slots[kSlots];
+  __shared__ float maxima[kMaxCluster * kSplitWarps];  // of the cluster's warps
+  __shared__ uint32_t y_largest;
+  unsigned char* left = memory;
+  unsigned char* x = left + plan.left_bytes;
+  unsigned char* right = x + plan.x_bytes;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int row = blockIdx.x / plan.blocks, rank = blockIdx.x % plan.blocks, first_line = rank * plan.strips * 16;
+  Team team = {0, kSplitWarps, warp, reinterpret_cast<float*>(slots)};
+
+  // Everything is asked for at once.
+  const int chunks = p.n2 / kVector, units = p.n1 * chunks;
+  const auto place_of = [&](int unit) {
+    const int line = divide(unit, plan.chunks_magic);
+    return x + line * plan.pitch + (unit - line * chunks) * 16;
+  };
+  if (p.kind == PrologueKind::kNone) {
+    const uint16_t* source = static_cast<const uint16_t*>(p.x) + row * p.x_stride;
+#pragma unroll 4
+    for (int unit = threadIdx.x; unit < units; unit += kThreads) copy_16(to_shared(place_of(unit)), source + unit * kVector, true);
+  }
+  stage_columns<X>(p, p.left, p.n1, plan.n1_padded, first_line, plan.strips * 16, plan.left_magic, plan.left_pitch, left);
+  stage_columns<X>(p, p.right, p.n2, plan.n2_padded, 0, plan.n2_padded, plan.padded_magic, plan.pitch, right);
+  commit_copies();
+  if (threadIdx.x == 0) y_largest = 0;
+  if (plan.n1_padded != p.n1 || plan.n2_padded != p.n2) {
+    const int padded_chunks = plan.n2_padded / kVector;
+    for (int unit = threadIdx.x; unit < plan.n1_padded * padded_chunks; unit += kThreads) {
+      const int line = divide(unit, plan.padded_magic), chunk = unit - line * padded_chunks;
+      if (line >= p.n1 || chunk >= chunks) *reinterpret_cast<uint4*>(x + line * plan.pitch + chunk * 16) = make_uint4(0, 0, 0, 0);
+    }
+  }
+  if (p.kind == PrologueKind::kSiluMul) {
+#pragma unroll 4
+    for (int unit = threadIdx.x; unit < units; unit += kThreads) {
+      float h[kVector];
+      load_transformed<X>(p, row, unit * kVector, 0.0f, false, h);
+      store<X>(reinterpret_cast<X*>(place_of(unit)), h);
+    }
+  }
+  float total = 0.0f;
+  if (p.kind == PrologueKind::kRmsNorm) {
+#pragma unroll 4
+    for (int unit = threadIdx.x; unit < units; unit += kThreads) {
+      float values[kVector];
+      load_input<X>(p, row, unit * kVector, values);
+      store<X>(reinterpret_cast<X*>(place_of(unit)), values);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) total = fmaf(values[i], values[i], total);
+    }
+  }
+  if (plan.blocks > 1) cluster_arrive();
+  bool arrived = plan.blocks == 1;  // all blocks of the cluster have begun, and have read what `sum` may be in the place of
+  if (p.kind == PrologueKind::kRmsNorm) {
+    const float inverse_rms = inverse_root(p, team.sum(total));
+    if (p.sum != nullptr && !arrived) {
+      cluster_wait();
+      arrived = true;
+    }
+#pragma unroll 2
+    for (int unit = threadIdx.x; unit < units; unit += kThreads) {
+      X* place = reinterpret_cast<X*>(place_of(unit));
+      float values[kVector], gamma[kVector];
+      load<X>(place, values);
+      load<X>(static_cast<const X*>(p.gamma) + unit * kVector, gamma);
+      const int64_t at = static_cast<int64_t>(row) * p.k + unit * kVector;
+      const bool writes = unit / kThreads % plan.blocks == rank;  // the blocks take turns
+      if (p.sum != nullptr && writes) store<X>(static_cast<X*>(p.sum) + at, values);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) values[i] = gamma[i] * (values[i] * inverse_rms);
+      store<X>(place, values);
+      if (p.normed != nullptr && writes) store<X>(static_cast<X*>(p.normed) + at, values);
+    }
+  }
+  wait_for_copies<0>();
+  __syncthreads();
+
+  // Pieces of 16 x 16 of this warp: strip and pair of tiles.
+  const int warp_rows = kSplitWarps / plan.warp_columns;
+  const int warp_column = warp % plan.warp_columns, warp_row = warp / plan.warp_columns;
+  const auto strip_of = [&](int item) { return warp_row + (item >> plan.pair_shift) * warp_rows; };
+  const auto pair_of = [&](int item) { return warp_column + (item & plan.pair_shift) * plan.warp_columns; };
+  bool has[kSplitItems];
+#pragma unroll
+  for (int i = 0; i < kSplitItems; ++i) has[i] = strip_of(i) < plan.strips && first_line + strip_of(i) * 16 < p.n1 && pair_of(i) * 16 < plan.n2_padded;
+
+  // Y = L^T X
+  float sums[kSplitItems][2][4] = {};
+  const uint32_t a_from = to_shared(left) + (lane % 8 + lane / 16 * 8) * plan.left_pitch + lane / 8 % 2 * 16;
+  const uint32_t b_at = lane % 16 * plan.pitch + lane / 16 * 16;
+#pragma unroll 2
+  for (int k = 0; k < plan.n1_padded; k += 16) {
+#pragma unroll
+    for (int i = 0; i < kSplitItems; ++i) {
+      if (!has[i]) continue;
+      uint32_t a[4], b[4];
+      load_transposed(a, a_from + k * plan.left_pitch + strip_of(i) * 32);
+      load_transposed(b, to_shared(x) + b_at + k * plan.pitch + pair_of(i) * 32);
+      multiply_16<X>(sums[i][0], a, b[0], b[1]);
+      multiply_16<X>(sums[i][1], a, b[2], b[3]);
+    }
+  }
+  float magnitude = 0.0f;
+  if constexpr (std::is_same<X, __half>::value) {
+#pragma unroll
+    for (int i = 0; i < kSplitItems * 8; ++i) magnitude = max_or_nan(magnitude, fabsf((&sums[0][0][0])[i]));
+    magnitude = warp_max(magnitude);
+    if (lane == 0) atomicMax(&y_largest, __float_as_uint(magnitude));
+  }
+  __syncthreads();  // x has been read, too: Y takes its place
+  const PowerOfTwo unit_of_y = power_of_two<X>(__uint_as_float(y_largest));
+#pragma unroll
+  for (int i = 0; i < kSplitItems; ++i) {
+    if (!has[i]) continue;
+    unsigned char* target = x + (strip_of(i) * 16 + lane / 4) * plan.pitch + pair_of(i) * 32 + lane % 4 * 4;
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      *reinterpret_cast<uint32_t*>(target + j / 2 * 16 + j % 2 * 8 * plan.pitch) =
+          pack<X>(sums[i][j / 2][j % 2 * 2] * unit_of_y.inverse, sums[i][j / 2][j % 2 * 2 + 1] * unit_of_y.inverse);
+  }
+  __syncthreads();
+
+  // t = Y R
+  float t[kSplitItems][2][4] = {};
+  const uint32_t y_from = to_shared(x) + lane % 16 * plan.pitch + lane / 16 * 16;
+#pragma unroll 2
+  for (int k = 0; k < plan.n2_padded; k += 16) {
+#pragma unroll
+    for (int i = 0; i < kSplitItems; ++i) {
+      if (!has[i]) continue;
+      uint32_t a[4], b[4];
+      load_matrices(a, y_from + strip_of(i) * 16 * plan.pitch + k * 2);
+      load_transposed(b, to_shared(right) + b_at + k * plan.pitch + pair_of(i) * 32);
+      multiply_16<X>(t[i][0], a, b[0], b[1]);
+      multiply_16<X>(t[i][1], a, b[2], b[3]);
+    }
+  }
+  magnitude = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kSplitItems * 8; ++i) magnitude = max_or_nan(magnitude, fabsf((&t[0][0][0])[i]));
+  float largest = warp_max(magnitude) * unit_of_y.value;
+  if (plan.blocks == 1) {
+    largest = team.max(largest);
+  } else {
+    if (!arrived) cluster_wait();
+    if (lane < plan.blocks) store_at(&maxima[rank * kSplitWarps + warp], lane, largest);
+    cluster_arrive();
+    cluster_wait();
+    const int count = plan.blocks * kSplitWarps;
+    largest = max_or_nan(lane < count ? maxima[lane] : 0.0f, lane + kWarp < count ? maxima[lane + kWarp] : 0.0f);
+    largest = warp_max(largest);
+  }
+  const RowScale scale = row_scale(largest, clip_of(p), p.qmax);
+  if (rank == 0 && threadIdx.x == 0) p.scale[row] = scale.scale;
+  const Coder coder = make_coder(p, scale, unit_of_y.value);
+  unsigned char* target = p.q + row * p.q_stride;
+#pragma unroll
+  for (int i = 0; i < kSplitItems; ++i) {
+    if (!has[i]) continue;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int m = first_line + strip_of(i) * 16 + lane / 4 + j % 2 * 8, column = pair_of(i) * 16 + j / 2 * 8 + lane % 4 * 2;
+      if (m >= p.n1 || column >= p.n2) continue;
+      const uint32_t low = coder.bits(t[i][j / 2][j % 2 * 2]), high = coder.bits(t[i][j / 2][j % 2 * 2 + 1]);
+      const int at = m * p.n2 + column;
+      if (p.packed) {
+        target[at / 2] = static_cast<unsigned char>((low & 15) | high << 4);
+      } else {
+        *reinterpret_cast<uint16_t*>(target + at) = static_cast<uint16_t>(__byte_perm(low, high, 0x0040));
+      }
+    }
+  }
+}
+
 // ---- no transform ----
 
 constexpr int kPlainElements = 32;  // of a thread, kept in registers
@@ -956,6 +1217,7 @@ struct alignas(sizeof(X) * kCount < 16 ? sizeof(X) * kCount : 16) Kept {
 // that are longer than these are read twice.
 template <typename X, int kCount>
 __global__ void __launch_bounds__(kPlainMaxThreads, 2) plain_quantize(const __grid_constant__ Problem p, int team_warps) {
+  let_next_begin();
   constexpr int kKept = kCount == 1 ? kPlainElements / 2 : kPlainElements / kCount;
   __shared__ __align__(16) unsigned char slots[kPlainThreads / kWarp * kSlots];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -1123,6 +1385,7 @@ Problem describe(const fq_flat_quantize_params& params, const Prologue& prologue
   p.factors_are_float = params.factor_dtype == FQ_FLOAT;
   p.clip = params.clip;
   p.qmax = params.bits == 4 ? 7.0f : 127.0f;
+  p.inverse_k = 1.0f / static_cast<float>(params.k);
   p.inverse_range = 1.0f / (2.0f * p.qmax + 1.0f);
   p.kind = prologue.kind;
   if (prologue.norm != nullptr) {
@@ -1154,11 +1417,62 @@ fq_status launch_plain(const fq_flat_quantize_params& params, const Problem& pro
   return check(cudaGetLastError(), "launch of plain_quantize");
 }
 
+// Whether, and how, the rows are few enough to spread each over several blocks.
+bool plan_split(const fq_flat_quantize_params& params, const Device& device, Split* plan, int* shared) {
+  if (params.dtype == FQ_FLOAT || params.n2 % kVector != 0 || params.k != params.n1 * params.n2) return false;
+  const int strips = divided(params.n1, 16), pairs = divided(params.n2, 16), most = device.capability >= 90 ? kMaxCluster : 1;
+  plan->warp_columns = 1;
+  while (plan->warp_columns < pairs && plan->warp_columns < kSplitWarps) plan->warp_columns *= 2;
+  plan->pair_shift = pairs > plan->warp_columns ? 1 : 0;
+  plan->blocks = 0;
+  for (int each = divided(strips, most); each <= strips; ++each) {
+    const int blocks = divided(strips, each);
+    if (divided(each, kSplitWarps / plan->warp_columns) << plan->pair_shift > kSplitItems) break;
+    if (params.rows * blocks > 2 * device.multiprocessors) continue;
+    plan->blocks = blocks;
+    plan->strips = divided(strips, blocks);
+    if (params.rows * blocks <= device.multiprocessors) break;
+  }
+  if (plan->blocks == 0) return false;
+  plan->n1_padded = strips * 16;
+  plan->n2_padded = pairs * 16;
+  plan->pitch = plan->n2_padded * 2 + 16;
+  plan->left_pitch = plan->strips * 32 + 16;
+  plan->left_bytes = plan->n1_padded * plan->left_pitch;
+  plan->x_bytes = plan->n1_padded * plan->pitch;
+  plan->chunks_magic = magic_of(params.n2 / kVector);
+  plan->padded_magic = magic_of(plan->n2_padded / kVector);
+  plan->left_magic = magic_of(plan->strips * 2);
+  const int fixed = 2048;  // at most what the kernel has besides
+  *shared = plan->left_bytes + plan->x_bytes + plan->n2_padded * plan->pitch;
+  return *shared + fixed <= device.shared_memory;
+}
+
+fq_status launch_split(const fq_flat_quantize_params& params, const Problem& problem, const Split& plan, int shared, cudaStream_t stream) {
+  const auto kernel = params.dtype == FQ_FLOAT16 ? split_quantize<__half> : split_quantize<__nv_bfloat16>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error != cudaSuccess) return check(error, "cudaFuncSetAttribute");
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = static_cast<unsigned>(plan.blocks);
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(params.rows * plan.blocks));
+  config.blockDim = dim3(kSplitWarps * kWarp);
+  config.dynamicSmemBytes = static_cast<size_t>(shared);
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = plan.blocks > 1 ? 1 : 0;
+  return check(cudaLaunchKernelEx(&config, kernel, problem, plan), "launch of split_quantize");
+}
+
 fq_status launch(const fq_flat_quantize_params& params, const Prologue& prologue, const Device& device, cudaStream_t stream) {
   const Problem problem = describe(params, prologue);
   if (is_plain(params)) return launch_plain(params, problem, device, stream);
-  Plan plan = {};
   int shared = 0;
+  Split split = {};
+  if (plan_split(params, device, &split, &shared)) return launch_split(params, problem, split, shared, stream);
+  Plan plan = {};
   const Form* form = choose_form(params, prologue, device, &plan, &shared);
   const cudaError_t error = cudaFuncSetAttribute(form->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return check(error, "cudaFuncSetAttribute");

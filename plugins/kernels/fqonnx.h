@@ -121,6 +121,8 @@ typedef struct fq_w4a4_gemm_params {
   int32_t layout;       /* fq_layout of w */
   int32_t variant;      /* 0: the table's choice; else 1 + index of an entry of fq_kernels that takes this problem */
   int32_t tactic;       /* 0: chosen from the shape; else 1..fq_w4a4_gemm_tactics(): the tile of the chosen kernel */
+  int32_t constant_weights; /* not 0: no work that is still under way on any stream writes w, w_scale or bias, so that they may be read
+                               before the work ahead on the stream is done, while it makes q */
 } fq_w4a4_gemm_params;
 
 FQ_API fq_status fq_w4a4_gemm(const fq_w4a4_gemm_params* params, fq_stream stream);

@@ -8,6 +8,7 @@
 //                 tokens by multicast; results leave through shared memory while the next tile's stages are on their way.
 //   few_tokens    bound by the weights' way from memory: all blocks at once, K split over the blocks of a cluster, whose integer sums are
 //                 added through distributed shared memory: no workspace, and the same bits in any order.
+#include "dependent_launch.cuh"
 #include "sm90.cuh"
 #include "wgmma_s8.cuh"
 
@@ -33,6 +34,7 @@ struct Problem {
   int m, n;
   int steps;  // K / 128; groups where kGrouped
   int dtype;
+  bool constant_weights;
 };
 
 // ---- what both kernels do with a stage ----
@@ -509,16 +511,17 @@ __global__ void __launch_bounds__(128 * kFewWarpgroups<kTokens, kGrouped> + 32, 
   const int first = all * split / splits;
   const int stages = all * (split + 1) / splits - first;
 
-  const auto fill = [&](int i, int stage) {
-    uint8_t* place = shared.ring + stage * Stage::kBytes;
-    uint64_t* full = &shared.full[stage];
-    barrier_expect(full, rows * Stage::kWeightPitch + kBlocks * Stage::kTokenBytes);
-    copy_box(place, &w_map, full, (first + i) * Stage::kWeightPitch, row0, Keep::kFirstOut);
+  const auto fill_weights = [&](int i, int stage) {
+    barrier_expect(&shared.full[stage], rows * Stage::kWeightPitch + kBlocks * Stage::kTokenBytes);
+    copy_box(shared.ring + stage * Stage::kBytes, &w_map, &shared.full[stage], (first + i) * Stage::kWeightPitch, row0, Keep::kFirstOut);
+  };
+  const auto fill_tokens = [&](int i, int stage) {
+    uint8_t* place = shared.ring + stage * Stage::kBytes + Stage::kWeightBytes;
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block)
-      copy_box(place + Stage::kWeightBytes + block * Stage::kTokenBytes, &q_map, full, ((first + i) * kBlocks + block) * kBlockK, token0,
-               Keep::kLastOut);
+      copy_box(place + block * Stage::kTokenBytes, &q_map, &shared.full[stage], ((first + i) * kBlocks + block) * kBlockK, token0, Keep::kLastOut);
   };
+  if (!p.constant_weights) wait_for_work_before();
   if (threadIdx.x == kConsumers) {
     for (int i = 0; i < kStages; ++i) {
       barrier_init(&shared.full[i], 1);
@@ -526,7 +529,10 @@ __global__ void __launch_bounds__(128 * kFewWarpgroups<kTokens, kGrouped> + 32, 
     }
     barrier_init(&shared.arrived, 1);
     fence_barrier_init();
-    for (int i = 0; i < min(kStages, stages); ++i) fill(i, i);  // an empty ring: nothing to wait for
+    // An empty ring: nothing to wait for. Weights that nobody writes are on their way while the work before makes the tokens.
+    for (int i = 0; i < min(kStages, stages); ++i) fill_weights(i, i);
+    wait_for_work_before();
+    for (int i = 0; i < min(kStages, stages); ++i) fill_tokens(i, i);
   }
   __syncthreads();
 
@@ -541,7 +547,8 @@ __global__ void __launch_bounds__(128 * kFewWarpgroups<kTokens, kGrouped> + 32, 
       Cursor<kStages> cursor;
       for (int i = kStages; i < stages; ++i) {
         barrier_wait(&shared.empty[cursor.stage], cursor.parity);
-        fill(i, cursor.stage);
+        fill_weights(i, cursor.stage);
+        fill_tokens(i, cursor.stage);
         cursor.advance();
       }
     }
@@ -565,6 +572,7 @@ __global__ void __launch_bounds__(128 * kFewWarpgroups<kTokens, kGrouped> + 32, 
     w_scale[i] = !kGrouped && channel_exists ? __ldg(p.w_scale + row0 + channel + i) : 1.f / 16;
     bias[i] = p.bias != nullptr && channel_exists ? __ldg(p.bias + row0 + channel + i) : 0.f;
   }
+  wait_for_work_before();
   float token_scale = 0;
   if (threadIdx.x < kTokens && token0 + threadIdx.x < p.m) token_scale = __ldg(p.scale + token0 + threadIdx.x);
 
@@ -658,6 +666,7 @@ constexpr const char* kName = "W4A4Gemm wgmma_s8";
 struct Launch {
   dim3 grid, cluster;
   int threads, shared_bytes;
+  bool waits_itself;  // may begin while the work before on the stream is not done (programmatic dependent launch)
 };
 
 template <typename Kernel, typename... Arguments>
@@ -665,23 +674,32 @@ fq_status launch_kernel(Kernel* kernel, const Launch& launch, cudaStream_t strea
   // Once a kernel and process would do, but devices may differ: it costs a fraction of a microsecond.
   if (const fq_status status = check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes), kName))
     return status;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = launch.cluster.x;
-  attribute.val.clusterDim.y = launch.cluster.y;
-  attribute.val.clusterDim.z = launch.cluster.z;
+  cudaLaunchAttribute attributes[2];
+  int count = 0;
+  if (launch.cluster.x * launch.cluster.y * launch.cluster.z > 1) {
+    cudaLaunchAttribute& attribute = attributes[count++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = launch.cluster.x;
+    attribute.val.clusterDim.y = launch.cluster.y;
+    attribute.val.clusterDim.z = launch.cluster.z;
+  }
+  if (launch.waits_itself) {
+    cudaLaunchAttribute& attribute = attributes[count++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = launch.grid;
   config.blockDim = dim3(launch.threads);
   config.dynamicSmemBytes = launch.shared_bytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = launch.cluster.x * launch.cluster.y * launch.cluster.z > 1 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   return check(cudaLaunchKernelEx(&config, kernel, arguments...), kName);
 }
 
 Problem problem_of(const fq_w4a4_gemm_params& p) {
-  return {p.scale, p.w_scale, p.bias, p.y, int(p.m), int(p.n), int(p.k / kBlockK), p.dtype};
+  return {p.scale, p.w_scale, p.bias, p.y, int(p.m), int(p.n), int(p.k / kBlockK), p.dtype, p.constant_weights != 0};
 }
 
 Matrix weights_of(const fq_w4a4_gemm_params& p) {
@@ -705,7 +723,7 @@ fq_status launch_many(const fq_w4a4_gemm_params& p, const Device& device, cudaSt
   }
   const int64_t row_pairs = (p.n + kPair * Kernel::kRows - 1) / (kPair * Kernel::kRows);
   const int64_t clusters = std::min<int64_t>(row_pairs * ((p.m + kTokens - 1) / kTokens), device.multiprocessors / kPair);
-  const Launch launch = {dim3(unsigned(clusters * kPair)), dim3(kPair, 1, 1), kConsumers + 128, Kernel::kSharedBytes};
+  const Launch launch = {dim3(unsigned(clusters * kPair)), dim3(kPair, 1, 1), kConsumers + 128, Kernel::kSharedBytes, false};
   return launch_kernel(many_tokens<kTokens, kTiles, kStages, kGrouped>, launch, stream, w_map, q_map, y_map, problem_of(p));
 }
 
@@ -739,7 +757,7 @@ fq_status launch_few_rows(const fq_w4a4_gemm_params& p, Shares shares, cudaStrea
     return status;
   if (const fq_status status = make_tensor_map(&q_map, codes_of(p), kTokens, kBlockK, CU_TENSOR_MAP_SWIZZLE_128B)) return status;
   const Launch launch = {dim3(unsigned((p.n + shares.rows - 1) / shares.rows), unsigned(shares.splits), unsigned((p.m + kTokens - 1) / kTokens)),
-                         dim3(1, unsigned(shares.splits), 1), Kernel::kConsumers + 32, Kernel::kSharedBytes};
+                         dim3(1, unsigned(shares.splits), 1), Kernel::kConsumers + 32, Kernel::kSharedBytes, true};
   return launch_kernel(few_tokens<kTokens, kTiles, kGrouped>, launch, stream, w_map, q_map, problem_of(p), shares.rows);
 }
 

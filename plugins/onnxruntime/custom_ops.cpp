@@ -499,6 +499,7 @@ class W4A4Gemm {
     params.dtype = dtype_;
     params.container = packed_ ? FQ_PACKED : FQ_INT8;
     params.layout = layout_;
+    params.constant_weights = weight_.has_value();
     check(fq_w4a4_gemm(&params, call.stream()), "W4A4Gemm");
   }
 
