@@ -1213,6 +1213,18 @@ struct alignas(sizeof(X) * kCount < 16 ? sizeof(X) * kCount : 16) Kept {
   X values[kCount];
 };
 
+// The largest magnitude, NaN if there is one, found in pairs of 16 bits: as integers, they are ordered as numbers are, with NaN on top.
+template <typename X, int kCount, int kKept>
+__device__ __forceinline__ float largest_of(const Kept<X, kCount> (&kept)[kKept]) {
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < kKept; ++i)
+#pragma unroll
+    for (int j = 0; j < kCount / 2; ++j) largest = __vmaxu2(largest, reinterpret_cast<const uint32_t*>(kept[i].values)[j] & 0x7fff7fffu);
+  const uint16_t bits = static_cast<uint16_t>(max(largest & 0xffffu, largest >> 16));
+  return to_float(reinterpret_cast<const X&>(bits));
+}
+
 // A team of warps a row, kCount adjacent columns a thread: kVector, or 1 where k is no multiple of it. kKept of them stay in registers; rows
 // that are longer than these are read twice.
 template <typename X, int kCount>
@@ -1230,6 +1242,7 @@ __global__ void __launch_bounds__(kPlainMaxThreads, 2) plain_quantize(const __gr
   const float2 factors = plain_factors<X>(p);
 
   const auto multiply = [&](float(&h)[kCount]) {  // in the reference's order
+    if (p.left == nullptr) return;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) h[i] = __fmul_rn(factors.x, __fmul_rn(h[i], factors.y));
   };
@@ -1248,12 +1261,16 @@ __global__ void __launch_bounds__(kPlainMaxThreads, 2) plain_quantize(const __gr
     if (first + i * step < p.k) load_transformed<X>(p, row, first + i * step, inverse_rms, true, h);
     store<X>(kept[i].values, h);
   }
+  if (!std::is_same<X, float>::value && kCount > 1 && p.left == nullptr) {
+    largest = largest_of(kept);
+  } else {
 #pragma unroll
-  for (int i = 0; i < kKept; ++i) {
-    float h[kCount];
-    load<X>(kept[i].values, h);
-    multiply(h);
-    measure(h);
+    for (int i = 0; i < kKept; ++i) {
+      float h[kCount];
+      load<X>(kept[i].values, h);
+      multiply(h);
+      measure(h);
+    }
   }
 #pragma unroll 1
   for (int column = first + kKept * step; column < p.k; column += step) {
