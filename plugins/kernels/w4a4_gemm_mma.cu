@@ -234,11 +234,11 @@ struct Copier {
 
   static __device__ __forceinline__ int row(int thread, int i) { return thread / kChunks + i * (kThreads / kChunks); }
 
-  // One of kParts parts of the copies. `begin`: bytes from a row's start to the panel; `wanted`: whether there is such a panel.
+  // One of kParts parts of the copies. `begin`: bytes from a row's start to the panel.
   template <int kParts>
-  __device__ __forceinline__ void copy(uint32_t target, int begin, int pitch, int thread, bool wanted, int part) const {
+  __device__ __forceinline__ void copy(uint32_t target, int begin, int pitch, int thread, int part) const {
     const int chunk = thread % kChunks, left = pitch - begin - chunk * 16;
-    const uint32_t inside = wanted && left > 0 ? rows_inside : 0;
+    const uint32_t inside = left > 0 ? rows_inside : 0;
     const int step = kThreads / kChunks * pitch;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
@@ -394,15 +394,16 @@ __device__ __forceinline__ void compute_tile(const Arguments& p) {
   const Copier<Tile::kChannels, Op::kWeightBytes, kTeamThreads, Op::kWeightCopy> weights(p.w + channel * w_pitch, p.n - channel, w_pitch,
                                                                                          thread);
   const uint32_t base = to_shared(memory) + team * Layout::kTeam;
-  const int panels = (p.k + kPanel - 1) / kPanel, mine = (panels - team + kTeams - 1) / kTeams;
+  // A team without a panel in the last round has zeros in its place.
+  const int panels = (p.k + kPanel - 1) / kPanel, rounds = (panels + kTeams - 1) / kTeams;
   // A lone team copies a part of a panel in each step, in between its products; where several wait for memory, copies begin as soon as
   // they may.
   constexpr int kParts = kTeams == 1 ? Op::kSteps : 1;
   const auto fetch = [&](int index, int stage, int part) {
     const int panel = index * kTeams + team;
     const uint32_t target = base + stage * Layout::kStage;
-    activations.template copy<kParts>(target, panel * Op::kActivationBytes, q_pitch, thread, index < mine, part);
-    weights.template copy<kParts>(target + Layout::kActivations, panel * Op::kWeightBytes, w_pitch, thread, index < mine, part);
+    activations.template copy<kParts>(target, panel * Op::kActivationBytes, q_pitch, thread, part);
+    weights.template copy<kParts>(target + Layout::kActivations, panel * Op::kWeightBytes, w_pitch, thread, part);
     if constexpr (kScales == Scales::kPanels) {
       if (part == 0) {
         const int group = static_cast<int>((panel + 0.5f) * p.groups_per_panel);
@@ -410,7 +411,7 @@ __device__ __forceinline__ void compute_tile(const Arguments& p) {
         for (int i = 0; i < Tile::kChannels; i += kTeamThreads) {
           const int64_t own = channel + i + thread;
           const uint32_t place = target + Layout::kActivations + Layout::kWeights + (i + thread) * 4;
-          if (i + thread < Tile::kChannels) copy_4(place, p.w_scale + own * p.groups + group, index < mine && own < p.n);
+          if (i + thread < Tile::kChannels) copy_4(place, p.w_scale + own * p.groups + group, panel < panels && own < p.n);
         }
       }
     }
@@ -452,7 +453,7 @@ __device__ __forceinline__ void compute_tile(const Arguments& p) {
   wait_for_copies<kParts == 1 ? kStages - 1 : kStages - 2>();
   sync_threads<Tile::kTeamThreads, Tile::kThreads>(team + 1);
   reader.load(operands[0], base, base + Layout::kActivations, 0);
-  for (int index = 0; index < mine; ++index) {
+  for (int index = 0; index < rounds; ++index) {
     [[maybe_unused]] int group = 0, left = 0;  // codes to the end of the group
     if constexpr (kScales == Scales::kSteps) {
       const int k = (index * kTeams + team) * kPanel;
@@ -627,10 +628,10 @@ struct Tactic {
 
 // Times on an H200; other devices differ by about the same factor for all. The order is that of fq_w4a4_gemm_params::tactic.
 constexpr int kTactics = 6;
-constexpr Tactic kChannelTactics[kTactics] = {{16, 32, 6, 3.6},   {16, 32, 5.5, 4.2},    {32, 32, 7.4, 3.4},
+constexpr Tactic kChannelTactics[kTactics] = {{16, 32, 6, 3.4},  {16, 32, 5.5, 4.2},   {32, 32, 7.4, 3.6},
                                               {64, 64, 11.5, 7}, {128, 128, 27, 21.5}, {128, 256, 43, 43.5}};
 // With scales per group, two sets of sums leave no room for larger tiles than 64 x 128.
-constexpr Tactic kGroupTactics[kTactics] = {{16, 32, 6, 4},    {16, 32, 5.5, 4.7},   {32, 32, 7.4, 4},
+constexpr Tactic kGroupTactics[kTactics] = {{16, 32, 6, 4},    {16, 32, 5.5, 4.7},  {32, 32, 7.4, 4.2},
                                             {64, 64, 12, 8.6}, {64, 128, 20, 16.4}, {64, 128, 20, 16.4}};
 
 // The tactic of the least estimated time.
