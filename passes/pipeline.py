@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import CheckerPass, RemoveUnusedNodesPass
 
 from fqonnx.passes.fuse import Fuse, target_named
+from fqonnx.passes.fuse_activation import FuseActivation
 from fqonnx.passes.quantize import Quantize
 
 if TYPE_CHECKING:
@@ -26,7 +27,13 @@ def rewrite_passes(
     groups: Sequence[LinearGroup], solution: Callable[[str], GroupSolution], recipe: Recipe, target: str | None = None
 ) -> tuple[ir.passes.PassBase, ...]:
     """The passes that ``quantize_model`` runs; see there."""
-    return (Quantize(groups, solution, recipe), RemoveUnusedNodesPass(), Fuse(target_named(target)), RemoveUnusedNodesPass())
+    return (
+        Quantize(groups, solution, recipe),
+        RemoveUnusedNodesPass(),
+        Fuse(target_named(target)),
+        FuseActivation(),
+        RemoveUnusedNodesPass(),
+    )
 
 
 def quantize_model(
@@ -40,8 +47,8 @@ def quantize_model(
 ) -> ir.Model:
     """Rewrites a prepared float model in place.
 
-    Schemes with 4-bit weights and quantized activations end in ``FlatQuantize`` and ``W4A4Gemm``, all others in the Q/DQ form. Weights
-    are lazy: they are read from ``solution`` when the model is written, so ``solution`` must outlive that.
+    Schemes with 4-bit weights and quantized activations end in ``W4A4Gemm`` behind ``FlatQuantize`` or an op that ends in it, all others
+    in the Q/DQ form. Weights are lazy: they are read from ``solution`` when the model is written, so ``solution`` must outlive that.
 
     Args:
         model: From ``fqonnx.passes.prepare``.

@@ -80,7 +80,9 @@ class Builder:
 
     def model(self) -> onnx.ModelProto:
         graph = helper.make_graph(self.nodes, "main", self.inputs, self.outputs, self.initializers)
-        opsets = [helper.make_opsetid("", self.opset)]
+        opsets = [
+            helper.make_opsetid(domain, 1 if domain else self.opset) for domain in sorted({"", *(node.domain for node in self.nodes)})
+        ]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
         onnx.checker.check_model(model, full_check=True)
         return model

@@ -69,8 +69,12 @@ def compare_layers(
         ModelError: The candidate has none of the values.
         DataError: The source can be read only once.
     """
+    from fqonnx.passes.fuse_activation import with_halves
+
     a, b = sides
-    there = [_value_names(side.model) for side in sides]
+    if (model := with_halves(b.model)) is not b.model:
+        b = replace(b, path=None, model=model)
+    there = [_value_names(side.model) for side in (a, b)]
     common = {group: [name for name in names if name in there[0] and name in there[1]] for group, names in values.items()}
     lost = [group for group, names in common.items() if len(names) < len(values[group])]
     if not any(common.values()):
