@@ -31,6 +31,7 @@ constexpr int kBoxRow = 2 * kTile;      // bytes
 constexpr int kMostStages = 24;         // rows of x in flight
 constexpr int kMostWarps = 16;
 constexpr int kMostTeams = 4;
+constexpr int kTeamBarrier = 1;         // the first of the named barriers of teams
 constexpr int kAlignment = 1024;        // of what the copy engine swizzles
 constexpr float kCare = 1.0f / 4096;    // what Z is multiplied by where it was too large
 constexpr uint32_t kAllLanes = 0xFFFFFFFF;
@@ -47,6 +48,13 @@ struct Problem {
   float qmax;
   float levels, offset, base, quarter_of_level;  // see Rounding
   bool float_factors, packed;
+
+  // What is in front of the transform.
+  const void* gamma;
+  void* sum;
+  void* normed;
+  float epsilon;
+  bool second;  // whether there is a second operand: residual, up
 };
 
 // A kernel's shape: n1 up to kN1, a multiple of 16, and n2 up to kN2; kRows rows of x at once, kTeams teams to a block. kLeftInRegisters:
@@ -76,6 +84,7 @@ struct Shared {
   uint64_t full[kMostStages];
   alignas(16) uint32_t largest[2][kMostTeams][8];  // of a warp's part of T, as bits; two rows' worth, so that one barrier a row is enough
   uint32_t largest_factor[2][kMostWarps];          // of left and right, as bits
+  float squares[kMostTeams][8];                    // a warp's sum of squares
   uint32_t not_finite[kMostTeams][2];              // whether a row of x holds NaN or Inf, while it is computed with care
 };
 
@@ -364,6 +373,125 @@ __device__ __forceinline__ void store_runs(const float (&t)[kRegisters], const R
   }
 }
 
+template <typename Element>
+__device__ __forceinline__ float2 unpack(uint32_t pair) {
+  if constexpr (std::is_same_v<Element, __half>)
+    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+  else
+    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
+}
+
+__device__ __forceinline__ float silu(float value) {
+  return value * reciprocal(1.0f + exp2f(-1.44269504f * value));
+}
+
+// Where 16 bytes of a stage are in memory, in elements from the beginning of x as a contiguous matrix; negative where they are padding.
+template <typename S>
+__device__ __forceinline__ int64_t place_of(const Problem& problem, int vector, int group) {
+  const int line = vector / 8 % S::kM, chunk = vector % 8 ^ line % 8;
+  const int column = vector / (8 * S::kM) * kTile + chunk * 8;
+  const int64_t row = int64_t(group) * S::kRows + (S::kRows == 1 ? 0 : line / S::kN1);
+  const int line_of_row = S::kRows == 1 ? line : line % S::kN1;
+  if (row >= problem.rows || line_of_row >= problem.n1 || column >= problem.n2) return -1;
+  return (row * problem.n1 + line_of_row) * problem.n2 + column;
+}
+
+// x = silu(x) * up in a stage, where up follows x.
+template <typename Element, typename S>
+__device__ __forceinline__ void apply_gate(uint8_t* stage) {
+  uint4* const x = reinterpret_cast<uint4*>(stage);
+  const uint4* const up = reinterpret_cast<const uint4*>(stage + S::kStageBytes);
+#pragma unroll 1
+  for (int i = threadIdx.x % S::kTeamThreads; i < S::kStageBytes / 16; i += S::kTeamThreads) {
+    uint4 values = x[i];
+    const uint4 factors = up[i];
+    uint32_t* const pairs = &values.x;
+    const uint32_t* const others = &factors.x;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float2 gate = unpack<Element>(pairs[j]), by = unpack<Element>(others[j]);
+      pairs[j] = pack<Element>(silu(gate.x) * by.x, silu(gate.y) * by.y);
+    }
+    x[i] = values;
+  }
+}
+
+// x = gamma * (x / rms(x)) in a stage, after the residual that follows x was added to it; writes what is wanted of both to device memory.
+template <typename Element, typename S>
+__device__ __forceinline__ void apply_norm(uint8_t* stage, const Problem& problem, float (&squares)[8], int group, int team) {
+  uint4* const x = reinterpret_cast<uint4*>(stage);
+  const uint4* const residual = reinterpret_cast<const uint4*>(stage + S::kStageBytes);
+  constexpr int kVectors = S::kStageBytes / 16;
+  static_assert(kVectors % S::kTeamThreads == 0 && S::kTeamThreads / 8 <= S::kN1);  // the threads of a step work on one row of x
+  const int thread = threadIdx.x % S::kTeamThreads, warp = thread / kWarp;
+  const auto part_of = [](int vector) { return S::kRows == 1 ? 0 : vector / 8 % S::kM / S::kN1; };
+
+  float sums[2] = {0.0f, 0.0f};
+#pragma unroll 1
+  for (int i = thread; i < kVectors; i += S::kTeamThreads) {
+    uint4 values = x[i];
+    uint32_t* const pairs = &values.x;
+    if (problem.second) {
+      const uint4 added = residual[i];
+      const uint32_t* const others = &added.x;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float2 a = unpack<Element>(pairs[j]), b = unpack<Element>(others[j]);
+        pairs[j] = pack<Element>(a.x + b.x, a.y + b.y);
+      }
+      x[i] = values;
+      if (problem.sum != nullptr)
+        if (const int64_t place = place_of<S>(problem, i, group); place >= 0)
+          *reinterpret_cast<uint4*>(static_cast<Element*>(problem.sum) + place) = values;
+    }
+    float sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float2 value = unpack<Element>(pairs[j]);
+      sum = fmaf(value.x, value.x, fmaf(value.y, value.y, sum));
+    }
+    sums[0] += part_of(i) == 0 ? sum : 0.0f;
+    sums[1] += part_of(i) == 0 ? 0.0f : sum;
+  }
+#pragma unroll
+  for (int part = 0; part < S::kRows; ++part) {
+#pragma unroll
+    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) sums[part] += __shfl_xor_sync(kAllLanes, sums[part], lanes);
+    if (thread % kWarp == 0) squares[part * S::kTeamWarps + warp] = sums[part];
+  }
+  named_barrier(kTeamBarrier + team, S::kTeamThreads);
+  float inverse[2];
+#pragma unroll
+  for (int part = 0; part < S::kRows; ++part) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < S::kTeamWarps; ++w) sum += squares[part * S::kTeamWarps + w];
+    inverse[part] = __frcp_rn(__fsqrt_rn(sum / float(problem.n1 * problem.n2) + problem.epsilon));
+  }
+#pragma unroll 1
+  for (int i = thread; i < kVectors; i += S::kTeamThreads) {
+    const int64_t place = place_of<S>(problem, i, group);
+    if (place < 0) continue;  // zero
+    const int64_t column = place - (int64_t(group) * S::kRows + part_of(i)) * problem.n1 * problem.n2;
+    const float by = part_of(i) == 0 ? inverse[0] : inverse[S::kRows - 1];
+    uint4 values = x[i];
+    const uint4 gammas = __ldg(reinterpret_cast<const uint4*>(static_cast<const Element*>(problem.gamma) + column));
+    uint32_t* const pairs = &values.x;
+    const uint32_t* const others = &gammas.x;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float2 value = unpack<Element>(pairs[j]), gamma = unpack<Element>(others[j]);
+      pairs[j] = pack<Element>(gamma.x * (value.x * by), gamma.y * (value.y * by));
+    }
+    x[i] = values;
+    if (problem.normed != nullptr) *reinterpret_cast<uint4*>(static_cast<Element*>(problem.normed) + place) = values;
+  }
+}
+
+// Bytes of a row of x in shared memory, with the second operand beside it.
+template <typename S, PrologueKind kKind>
+constexpr int kStageBytesOf = kKind == PrologueKind::kNone ? S::kStageBytes : 2 * S::kStageBytes;
+
 // Sets the rows of x in a stage that hold NaN or Inf to zero and returns which they were; all threads of the team call it.
 template <typename S>
 __device__ __forceinline__ uint32_t clear_not_finite(uint8_t* stage, uint32_t (&not_finite)[2], uint32_t exponent_mask, int team) {
@@ -373,34 +501,36 @@ __device__ __forceinline__ uint32_t clear_not_finite(uint8_t* stage, uint32_t (&
   uint32_t* const words = reinterpret_cast<uint32_t*>(stage);
   const int thread = threadIdx.x % S::kTeamThreads;
   if (thread < 2) not_finite[thread] = 0;
-  named_barrier(1 + team, S::kTeamThreads);
+  named_barrier(kTeamBarrier + team, S::kTeamThreads);
 #pragma unroll 1
   for (int i = thread; i < kWords; i += S::kTeamThreads) {
     const uint32_t low = exponent_mask & 0xFFFF, high = exponent_mask & 0xFFFF0000;
     if ((words[i] & low) == low || (words[i] & high) == high) not_finite[row_of(i)] = 1;
   }
-  named_barrier(1 + team, S::kTeamThreads);
+  named_barrier(kTeamBarrier + team, S::kTeamThreads);
   const uint32_t found = not_finite[0] | not_finite[1] << 1;
 #pragma unroll 1
   for (int i = thread; i < kWords; i += S::kTeamThreads)
     if (found >> row_of(i) & 1) words[i] = 0;
   fence_async_shared();
-  named_barrier(1 + team, S::kTeamThreads);
+  named_barrier(kTeamBarrier + team, S::kTeamThreads);
   return found;
 }
 
-template <typename Element, typename S>
-__global__ void __launch_bounds__(S::kThreads, 1) flat_quantize(const __grid_constant__ CUtensorMap x, const Problem problem) {
+// `second` is the map of residual or up.
+template <typename Element, typename S, PrologueKind kKind>
+__global__ void __launch_bounds__(S::kThreads, 1)
+    flat_quantize(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap second, const Problem problem) {
+  constexpr int kStageBytes = kStageBytesOf<S, kKind>;
   constexpr bool kHalf = std::is_same_v<Element, __half>;
   constexpr int kRegisters = S::kN2 / 2;
   constexpr uint32_t kInfinity = 0x7F800000;
   extern __shared__ __align__(kAlignment) uint8_t shared_memory[];
-  uint8_t* const after_stages = shared_memory + problem.stages * S::kStageBytes;
-  uint8_t* const left = S::kLeftInRegisters ? after_stages - S::kStageBytes : after_stages;
+  uint8_t* const after_stages = shared_memory + problem.stages * kStageBytes;
+  uint8_t* const left = S::kLeftInRegisters ? after_stages - kStageBytes : after_stages;
   uint8_t* const right = after_stages + S::kLeftBytes;
-  Shared& shared = *reinterpret_cast<Shared*>(right + S::kRightBytes);
-
   const int team = threadIdx.x / S::kTeamThreads;
+  Shared& shared = *reinterpret_cast<Shared*>(right + S::kRightBytes);
   const int warp = threadIdx.x / kWarp % S::kTeamWarps;
   const int lane = threadIdx.x % kWarp;
 
@@ -409,11 +539,15 @@ __global__ void __launch_bounds__(S::kThreads, 1) flat_quantize(const __grid_con
   const int turns = (groups - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x);
   const auto group_of = [](int turn) { return int(blockIdx.x) + turn * int(gridDim.x); };
   const auto fetch = [&](int turn, int stage) {
-    barrier_expect(&shared.full[stage], S::kStageBytes);
+    const bool both = kKind != PrologueKind::kNone && problem.second;
+    barrier_expect(&shared.full[stage], both ? 2 * S::kStageBytes : S::kStageBytes);
+    uint8_t* const to = shared_memory + stage * kStageBytes;
 #pragma unroll
-    for (int box = 0; box < S::kBoxes; ++box)
-      copy_box(shared_memory + stage * S::kStageBytes + box * S::kBoxBytes, &x, &shared.full[stage], box * kTile, 0, group_of(turn) * S::kRows,
-               Keep::kFirstOut);
+    for (int box = 0; box < S::kBoxes; ++box) {
+      const int row = group_of(turn) * S::kRows;
+      copy_box(to + box * S::kBoxBytes, &x, &shared.full[stage], box * kTile, 0, row, Keep::kFirstOut);
+      if (both) copy_box(to + S::kStageBytes + box * S::kBoxBytes, &second, &shared.full[stage], box * kTile, 0, row, Keep::kFirstOut);
+    }
   };
   if (threadIdx.x == 0) {
 #pragma unroll 1
@@ -468,7 +602,8 @@ __global__ void __launch_bounds__(S::kThreads, 1) flat_quantize(const __grid_con
   const int warp_row = 16 * (warp % S::kRowWarps);           // of T
   const int row = warp_row + lane / 4;                       // the first of this thread's two, eight apart
   const bool inside[2] = {row < problem.n1, row + 8 < problem.n1};
-  const int64_t width = int64_t(problem.n1) * problem.n2;
+  const bool leads = threadIdx.x % S::kTeamThreads == 0;
+  const int width = problem.packed ? problem.n1 * problem.n2 / 2 : problem.n1 * problem.n2;  // of a row's codes, in bytes
   const float least = problem.qmax * FLT_MIN;
 
   Rounding rounding;
@@ -485,9 +620,19 @@ __global__ void __launch_bounds__(S::kThreads, 1) flat_quantize(const __grid_con
 #pragma unroll 1
   for (int turn = team; turn < turns;) {
     while (stage >= problem.stages) stage -= problem.stages, phase ^= 1;
-    uint8_t* const x_stage = shared_memory + stage * S::kStageBytes;
+    uint8_t* const x_stage = shared_memory + stage * kStageBytes;
     const uint64_t x_descriptor = descriptor_transposed_128b(shared_address(x_stage), S::kBoxBytes);
     barrier_wait(&shared.full[stage], phase);
+    if constexpr (kKind != PrologueKind::kNone) {
+      if (attempt == 0) {
+        if constexpr (kKind == PrologueKind::kSiluMul)
+          apply_gate<Element, S>(x_stage);
+        else
+          apply_norm<Element, S>(x_stage, problem, shared.squares[team], group_of(turn), team);
+        fence_async_shared();
+        named_barrier(kTeamBarrier + team, S::kTeamThreads);
+      }
+    }
 
     float z[kRegisters], t[kRegisters];
     wgmma_fence();
@@ -531,7 +676,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) flat_quantize(const __grid_con
     const uint32_t warps_largest =
         warp_largest(__float_as_uint(larger_magnitude(larger_magnitude(most[0], most[1]), larger_magnitude(most[2], most[3]))));
     if (lane == 0) shared.largest[parity][team][warp] = warps_largest;
-    named_barrier(1 + team, S::kTeamThreads);
+    named_barrier(kTeamBarrier + team, S::kTeamThreads);
     uint32_t largest = 0, teams_largest = 0;
 #pragma unroll
     for (int w = 0; w < S::kTeamWarps; ++w) {
@@ -547,7 +692,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) flat_quantize(const __grid_con
       ++attempt;
       continue;
     }
-    if (threadIdx.x % S::kTeamThreads == 0 && turn + problem.stages < turns) fetch(turn + problem.stages, stage);
+    if (leads && turn + problem.stages < turns) fetch(turn + problem.stages, stage);
     if (not_finite >> part & 1) largest = 0x7FC00000;
 
     // step < FLT_MIN just where the product it is the quotient of is below FLT_MIN qmax; the codes need no exact quotient.
@@ -562,9 +707,9 @@ __global__ void __launch_bounds__(S::kThreads, 1) flat_quantize(const __grid_con
       problem.scale[index] = zero ? 1.0f : step <= FLT_MAX ? step : __uint_as_float(0x7FC00000);
     }
     if (warp_row < problem.n1 && present) {
-      const int64_t first = index * width + row * problem.n2;
-      const int64_t second = first + 8 * problem.n2;
-      uint8_t* const rows[2] = {problem.q + (problem.packed ? first / 2 : first), problem.q + (problem.packed ? second / 2 : second)};
+      uint8_t* const first = problem.q + index * width;
+      const int offset = row * problem.n2, next = 8 * problem.n2;
+      uint8_t* const rows[2] = {first + (problem.packed ? offset / 2 : offset), first + (problem.packed ? (offset + next) / 2 : offset + next)};
       store_runs<0, S::kN2>(t, rounding, rows, inside, problem.n2, lane % 4, problem.packed);
     }
     turn += S::kTeams;
@@ -574,79 +719,107 @@ __global__ void __launch_bounds__(S::kThreads, 1) flat_quantize(const __grid_con
   }
 }
 
-template <typename S>
+template <typename S, PrologueKind kKind>
 constexpr int shared_bytes(int stages) {
-  return stages * S::kStageBytes + S::kLeftBytes + S::kRightBytes + int(sizeof(Shared));
+  return stages * kStageBytesOf<S, kKind> + S::kLeftBytes + S::kRightBytes + int(sizeof(Shared));
 }
 
-template <typename S>
+// As many for each team: who waits for a stage is then who emptied it, so that nobody can take one arrival of rows for the next.
+template <typename S, PrologueKind kKind>
 int stages_for(const Device& device) {
-  int stages = kMostStages;
-  while (stages > 0 && shared_bytes<S>(stages) > device.shared_memory) --stages;
+  int stages = kMostStages / S::kTeams * S::kTeams;
+  while (stages > 0 && shared_bytes<S, kKind>(stages) > device.shared_memory) stages -= S::kTeams;
   return stages;
 }
 
 // Calls `function` with the shape that takes n1 x n2.
-template <typename Function>
+template <PrologueKind kKind, typename Function>
 auto with_shape(int n1, int n2, const Function& function) {
-  if (n2 <= 64) {
-    if (n1 <= 32) return function(Shape<32, 64, 2, 4>());
-    if (n1 <= 64) return function(Shape<64, 64, 1, 4>());
+  if constexpr (kKind != PrologueKind::kSiluMul) {
+    if (n2 <= 64 && n1 <= 32) return function(Shape<32, 64, 2, 4>());
+    if (n2 <= 64 && n1 <= 64) return function(Shape<64, 64, 1, 4>());
   }
-  if (n2 <= 128) {
-    if (n1 <= 32) return function(Shape<32, 128, 2, 4>());
-    if (n1 <= 48) return function(Shape<48, 128, 1, 4>());
-    if (n1 <= 64) return function(Shape<64, 128, 1, 4>());
-    if (n1 <= 96) return function(Shape<96, 128, 1, 2>());
-    if (n1 <= 112) return function(Shape<112, 128, 1, 2>());
-    return function(Shape<128, 128, 1, 2>());
+  if constexpr (kKind == PrologueKind::kNone) {
+    if (n2 > 128 && n1 <= 64) return function(Shape<64, 224, 1, 2>());
+    if (n2 > 128) return function(Shape<128, 224, 1, 1, true>());
   }
-  if (n1 <= 64) return function(Shape<64, 224, 1, 2>());
-  return function(Shape<128, 224, 1, 1, true>());
+  if (n1 <= 32) return function(Shape<32, 128, 2, 4>());
+  if (n1 <= 48) return function(Shape<48, 128, 1, 4>());
+  if constexpr (kKind != PrologueKind::kRmsNorm) {
+    if (n1 > 112) return function(Shape<128, 128, 1, 2>());
+    if (n1 > 96) return function(Shape<112, 128, 1, 2>());
+    if (n1 > 64) return function(Shape<96, 128, 1, 2>());
+  }
+  return function(Shape<64, 128, 1, 4>());
 }
 
 constexpr int kLargestN1 = 128, kLargestN2 = 224;
+constexpr int kLargestNormN1 = 64, kLargestPrologueN2 = 128;
 constexpr int kFewestRows = 64;
+constexpr int kSharedMemory = 232448;  // that compute capability 9.0 has for a block
 
 const char* fits(const fq_flat_quantize_params& params, const Prologue& prologue, const Device& device) {
-  if (prologue.kind != PrologueKind::kNone) return "takes x as it is, without a norm or a gate in front";
   if (params.dtype != FQ_FLOAT16 && params.dtype != FQ_BFLOAT16) return "takes x in float16 or bfloat16";
   if (params.left == nullptr) return "takes a transform, not the quantizer alone";
   if (params.n1 > kLargestN1 || params.n2 > kLargestN2 || params.n2 % 16 != 0) return "takes n1 up to 128 and n2 a multiple of 16 up to 224";
+  if (prologue.kind != PrologueKind::kNone && params.n2 > kLargestPrologueN2) return "takes a norm or a gate with n2 up to 128";
+  if (prologue.kind == PrologueKind::kRmsNorm && params.n1 > kLargestNormN1) return "takes a norm with n1 up to 64";
   if (params.k != int64_t(params.n1) * params.n2) return "takes one block: k = n1 n2";
   if (params.rows > INT32_MAX - 65536) return "takes fewer rows";
   if (params.variant == 0 && params.rows < kFewestRows) return "is for 64 rows or more";
   if (reinterpret_cast<uintptr_t>(params.right) % 16 != 0) return "takes right at a multiple of 16 bytes";
-  if (with_shape(params.n1, params.n2, [&](auto shape) { return stages_for<decltype(shape)>(device) - decltype(shape)::kLeftInRegisters; }) < 1)
-    return "takes factors that fit shared memory beside a row of x";
+  if (device.shared_memory < kSharedMemory) return "needs the shared memory of compute capability 9.0";
   return nullptr;
 }
 
 template <typename Element, typename S>
-fq_status launch_shape(const fq_flat_quantize_params& params, Problem problem, const Device& device, cudaStream_t stream) {
+fq_status make_row_map(CUtensorMap* map, const fq_flat_quantize_params& params, const void* data, int64_t stride) {
   constexpr CUtensorMapDataType kType = std::is_same_v<Element, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const cuuint64_t n1 = cuuint64_t(params.n1), n2 = cuuint64_t(params.n2);
-  const cuuint64_t row_bytes = params.rows == 1 ? n1 * n2 * 2 : cuuint64_t(params.x_stride) * 2;  // one row's stride need not be aligned
-  CUtensorMap map;
-  if (const fq_status status = make_tensor_map<3>(&map, params.x, kType, {n2, n1, cuuint64_t(params.rows)}, {n2 * 2, row_bytes},
-                                                  {kTile, S::kN1, S::kRows}, CU_TENSOR_MAP_SWIZZLE_128B);
-      status != FQ_OK)
-    return status;
-  problem.stages = stages_for<S>(device);
-  const int bytes = shared_bytes<S>(problem.stages);
-  const auto kernel = flat_quantize<Element, S>;
+  const cuuint64_t row_bytes = params.rows == 1 ? n1 * n2 * 2 : cuuint64_t(stride) * 2;  // one row's stride need not be aligned
+  return make_tensor_map<3>(map, data, kType, {n2, n1, cuuint64_t(params.rows)}, {n2 * 2, row_bytes}, {kTile, S::kN1, S::kRows},
+                            CU_TENSOR_MAP_SWIZZLE_128B);
+}
+
+template <typename Element, typename S, PrologueKind kKind>
+fq_status launch_shape(const fq_flat_quantize_params& params, const Prologue& prologue, Problem problem, const Device& device,
+                       cudaStream_t stream) {
+  CUtensorMap x, second = {};
+  if (const fq_status status = make_row_map<Element, S>(&x, params, params.x, params.x_stride); status != FQ_OK) return status;
+  const void* other = nullptr;
+  int64_t stride = params.k;
+  if (kKind == PrologueKind::kRmsNorm) other = prologue.norm->residual;
+  if (kKind == PrologueKind::kSiluMul) other = prologue.gate->up, stride = prologue.gate->up_stride;
+  problem.second = other != nullptr;
+  if (problem.second)
+    if (const fq_status status = make_row_map<Element, S>(&second, params, other, stride); status != FQ_OK) return status;
+
+  static_assert(shared_bytes<S, kKind>(S::kLeftInRegisters ? 2 : S::kTeams) <= kSharedMemory, "there is room for x");
+  problem.stages = stages_for<S, kKind>(device);
+  const int bytes = shared_bytes<S, kKind>(problem.stages);
+  const auto kernel = flat_quantize<Element, S, kKind>;
   if (const fq_status status = check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
       status != FQ_OK)
     return status;
   const int groups = (problem.rows + S::kRows - 1) / S::kRows;
   const int blocks = groups < device.multiprocessors ? groups : device.multiprocessors;
-  kernel<<<blocks, S::kThreads, bytes, stream>>>(map, problem);
+  kernel<<<blocks, S::kThreads, bytes, stream>>>(x, second, problem);
   return check(cudaGetLastError(), "flat_quantize");
 }
 
-fq_status launch(const fq_flat_quantize_params& params, const Prologue&, const Device& device, cudaStream_t stream) {
+template <PrologueKind kKind>
+fq_status launch_kind(const fq_flat_quantize_params& params, const Prologue& prologue, const Problem& problem, const Device& device,
+                      cudaStream_t stream) {
+  return with_shape<kKind>(params.n1, params.n2, [&](auto shape) {
+    using S = decltype(shape);
+    return params.dtype == FQ_FLOAT16 ? launch_shape<__half, S, kKind>(params, prologue, problem, device, stream)
+                                      : launch_shape<__nv_bfloat16, S, kKind>(params, prologue, problem, device, stream);
+  });
+}
+
+fq_status launch(const fq_flat_quantize_params& params, const Prologue& prologue, const Device& device, cudaStream_t stream) {
   if (params.rows == 0) return FQ_OK;
-  Problem problem;
+  Problem problem = {};
   problem.left = params.left;
   problem.right = params.right;
   problem.clip_ptr = params.clip_ptr;
@@ -656,20 +829,22 @@ fq_status launch(const fq_flat_quantize_params& params, const Prologue&, const D
   problem.rows = int(params.rows);
   problem.n1 = params.n1;
   problem.n2 = params.n2;
-  problem.stages = 0;
   problem.qmax = params.bits == 4 ? 7.0f : 127.0f;
   problem.levels = 2.0f * problem.qmax + 1.0f;
   problem.offset = (problem.qmax + 1.0f) / problem.levels;
-  problem.quarter_of_level = 0.25f * problem.qmax / problem.levels;
   problem.base = 12582912.0f - (problem.qmax + 1.0f);
+  problem.quarter_of_level = 0.25f * problem.qmax / problem.levels;
   problem.float_factors = params.factor_dtype == FQ_FLOAT;
   problem.packed = params.container != FQ_INT8;
-
-  return with_shape(params.n1, params.n2, [&](auto shape) {
-    using S = decltype(shape);
-    return params.dtype == FQ_FLOAT16 ? launch_shape<__half, S>(params, problem, device, stream)
-                                      : launch_shape<__nv_bfloat16, S>(params, problem, device, stream);
-  });
+  if (prologue.kind == PrologueKind::kRmsNorm) {
+    problem.gamma = prologue.norm->gamma;
+    problem.sum = prologue.norm->sum;
+    problem.normed = prologue.norm->normed;
+    problem.epsilon = prologue.norm->epsilon;
+    return launch_kind<PrologueKind::kRmsNorm>(params, prologue, problem, device, stream);
+  }
+  if (prologue.kind == PrologueKind::kSiluMul) return launch_kind<PrologueKind::kSiluMul>(params, prologue, problem, device, stream);
+  return launch_kind<PrologueKind::kNone>(params, prologue, problem, device, stream);
 }
 
 }  // namespace
