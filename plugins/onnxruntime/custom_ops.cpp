@@ -1,4 +1,4 @@
-// ONNX Runtime's custom ops FlatQuantize and W4A4Gemm of domain fqonnx for its CUDA provider, over the C API of kernels/fqonnx.h.
+// ONNX Runtime's custom ops of domain fqonnx for its CUDA provider, over the C API of kernels/fqonnx.h.
 //
 // A model carries the same ops as local functions. Where this library is registered its schema stands before the function: ONNX Runtime
 // runs the kernel, and refuses the model where none fits; it does not go back to the function.
@@ -159,19 +159,25 @@ class Call {
   OrtKernelContext* context_;
 };
 
-// The rows of an input, each on a border of 16 bytes as kernels read them: the input itself, or a copy where a row's size is no multiple.
+// Columns of an input's rows, each row on a border of 16 bytes as kernels read them: in the input itself, or a copy where sizes are no
+// multiples of it.
 class AlignedRows {
  public:
-  AlignedRows(const Call& call, size_t index, int64_t rows, size_t row_bytes)
-      : api_(call.api()), data_(call.data<void>(index)), pitch_(row_bytes) {
+  AlignedRows(const Call& call, size_t index, int64_t rows, size_t row_bytes) : AlignedRows(call, index, rows, row_bytes, 0, row_bytes) {}
+
+  // `row_bytes` from `first_byte` on of rows of `input_bytes`.
+  AlignedRows(const Call& call, size_t index, int64_t rows, size_t row_bytes, size_t first_byte, size_t input_bytes)
+      : api_(call.api()), data_(call.data<char>(index) + first_byte), pitch_(input_bytes) {
     constexpr size_t kAlignment = 16;
-    if (row_bytes % kAlignment == 0) return;
+    if (first_byte % kAlignment == 0 && input_bytes % kAlignment == 0) return;
     pitch_ = (row_bytes + kAlignment - 1) / kAlignment * kAlignment;
     const OrtMemoryInfo* place = nullptr;  // the input's
     check(api_, api_.GetTensorMemoryInfo(call.input(index), &place));
     check(api_, api_.KernelContext_GetAllocator(call.context(), place, &allocator_));
     OrtStatus* status = api_.KernelContext_GetScratchBuffer(call.context(), place, pitch_ * rows, &copy_);
-    const cudaError_t error = status == nullptr ? copy(rows, row_bytes, call.stream()) : cudaSuccess;
+    const cudaError_t error =
+        status == nullptr ? cudaMemcpy2DAsync(copy_, pitch_, data_, input_bytes, row_bytes, rows, cudaMemcpyDeviceToDevice, call.stream())
+                          : cudaSuccess;
     if (status != nullptr || error != cudaSuccess) release();
     check(api_, status);
     check(error, "copying rows");
@@ -185,10 +191,6 @@ class AlignedRows {
   size_t pitch() const { return pitch_; }  // bytes from row to row
 
  private:
-  cudaError_t copy(int64_t rows, size_t row_bytes, fq_stream stream) {
-    return cudaMemcpy2DAsync(copy_, pitch_, data_, row_bytes, row_bytes, rows, cudaMemcpyDeviceToDevice, stream);
-  }
-
   // The buffer belongs to the call's stream: whoever gets it next comes after the work that reads it.
   void release() {
     if (copy_ != nullptr) allocator_->Free(allocator_, copy_);
@@ -307,12 +309,10 @@ class DeviceBuffer {
   void* data_ = nullptr;
 };
 
-// --- FlatQuantize ---------------------------------------------------------------------------------------------------------------------
+// --- FlatQuantize and the ops that end in it ---------------------------------------------------------------------------------------------
 
-enum FlatQuantizeInput : size_t { kX, kLeft, kRight, kClip, kFlatQuantizeInputs };
-
-int32_t factor_size(const Shape& shape, const char* which) {
-  if (shape.size() != 2 || shape[0] != shape[1]) throw Failure(std::string("FlatQuantize: ") + which + " is square, not " + text(shape));
+int32_t factor_size(const char* op, const Shape& shape, const char* which) {
+  if (shape.size() != 2 || shape[0] != shape[1]) throw Failure(std::string(op) + ": " + which + " is square, not " + text(shape));
   return static_cast<int32_t>(shape[0]);
 }
 
@@ -335,24 +335,26 @@ std::vector<uint16_t> round_factor(const std::vector<float>& values, int32_t dty
   return rounded;
 }
 
-class FlatQuantize {
+// What these ops share: the attributes, the outputs q and scale, and left, right and clip, which are inputs `first_factor` and the next two.
+class Quantizer {
  public:
-  FlatQuantize(const OrtApi& api, const OrtKernelInfo* info, int32_t dtype) : api_(api), dtype_(dtype) {
+  Quantizer(const OrtApi& api, const OrtKernelInfo* info, const char* op, int32_t dtype, size_t first_factor)
+      : api_(api), op_(op), dtype_(dtype), left_(first_factor), right_(first_factor + 1), clip_(first_factor + 2) {
     const Node node(api, info);
     node.require_version();
     bits_ = static_cast<int32_t>(node.integer("bits", 4));
-    if (bits_ != 4 && bits_ != 8) throw Failure("FlatQuantize: attribute bits is 4 or 8, not " + std::to_string(bits_));
+    if (bits_ != 4 && bits_ != 8) throw Failure(std::string(op) + ": attribute bits is 4 or 8, not " + std::to_string(bits_));
     packed_ = node.flag("packed");
-    require(!packed_ || bits_ == 4, "FlatQuantize: 8-bit codes cannot be packed two a byte");
+    if (packed_ && bits_ != 4) throw Failure(std::string(op) + ": 8-bit codes cannot be packed two a byte");
     keep_constant_factors(node);
   }
 
-  void compute(OrtKernelContext* context) const {
-    const Call call(api_, context);
-    const Shape x = shape_of(api_, call.input(kX));
-    require(!x.empty(), "FlatQuantize: x has rank 1 or more");
-    const int64_t k = x.back(), rows = product(x, x.size() - 1);
-    require(!packed_ || k % 2 == 0, "FlatQuantize: an odd number of codes cannot be packed two a byte");
+  size_t element_size() const { return dtype_ == FQ_FLOAT ? sizeof(float) : sizeof(uint16_t); }
+
+  // Everything but x, for rows of this shape, q and scale allocated.
+  fq_flat_quantize_params prepare(const Call& call, const Shape& x) const {
+    const int64_t k = x.back();
+    if (packed_ && k % 2 != 0) throw Failure(std::string(op_) + ": an odd number of codes cannot be packed two a byte");
     Shape q = x, scale = x;
     q.back() = packed_ ? k / 2 : k;
     scale.back() = 1;
@@ -360,13 +362,8 @@ class FlatQuantize {
     fq_flat_quantize_params params{};
     params.q = call.output<void>(0, q);
     params.scale = call.output<float>(1, scale);
-    if (rows == 0) return;
-    const size_t size = dtype_ == FQ_FLOAT ? sizeof(float) : sizeof(uint16_t);
-    const AlignedRows aligned(call, kX, rows, k * size);
-    params.x = aligned.data();
-    params.x_stride = static_cast<int64_t>(aligned.pitch() / size);
-    params.clip_ptr = call.data<float>(kClip);
-    params.rows = rows;
+    params.clip_ptr = call.data<float>(clip_);
+    params.rows = product(x, x.size() - 1);
     params.k = k;
     params.dtype = dtype_;
     params.bits = bits_;
@@ -380,16 +377,21 @@ class FlatQuantize {
         params.right = constant_->right->data();
         params.factor_dtype = dtype_;
       } else if (!constant_->identity) {
-        params.left = call.data<float>(kLeft);
-        params.right = call.data<float>(kRight);
+        params.left = call.data<float>(left_);
+        params.right = call.data<float>(right_);
       }
     } else {
-      params.n1 = factor_size(shape_of(api_, call.input(kLeft)), "left");
-      params.n2 = factor_size(shape_of(api_, call.input(kRight)), "right");
-      params.left = call.data<float>(kLeft);
-      params.right = call.data<float>(kRight);
+      params.n1 = factor_size(op_, shape_of(api_, call.input(left_)), "left");
+      params.n2 = factor_size(op_, shape_of(api_, call.input(right_)), "right");
+      params.left = call.data<float>(left_);
+      params.right = call.data<float>(right_);
     }
-    check(fq_flat_quantize(&params, call.stream()), "FlatQuantize");
+    return params;
+  }
+
+  void set_x(fq_flat_quantize_params* params, const AlignedRows& x) const {
+    params->x = x.data();
+    params->x_stride = static_cast<int64_t>(x.pitch() / element_size());
   }
 
  private:
@@ -402,11 +404,11 @@ class FlatQuantize {
   };
 
   void keep_constant_factors(const Node& node) {
-    const OrtValue *left = node.constant(kLeft), *right = node.constant(kRight);
+    const OrtValue *left = node.constant(left_), *right = node.constant(right_);
     if (left == nullptr || right == nullptr) return;
     constant_.emplace();
-    constant_->n1 = factor_size(shape_of(api_, left), "left");
-    constant_->n2 = factor_size(shape_of(api_, right), "right");
+    constant_->n1 = factor_size(op_, shape_of(api_, left), "left");
+    constant_->n2 = factor_size(op_, shape_of(api_, right), "right");
     const bool scalars = constant_->n1 == 1 && constant_->n2 == 1;
     if (dtype_ == FQ_FLOAT && !scalars) return;
     const std::vector<float> left_values = read_factor(api_, left, constant_->n1), right_values = read_factor(api_, right, constant_->n2);
@@ -419,9 +421,67 @@ class FlatQuantize {
   }
 
   const OrtApi& api_;
+  const char* op_;
   int32_t dtype_, bits_;
+  size_t left_, right_, clip_;
   bool packed_;
   std::optional<Factors> constant_;
+};
+
+enum FlatQuantizeInput : size_t { kX, kFlatQuantizeFactors };
+
+class FlatQuantize {
+ public:
+  FlatQuantize(const OrtApi& api, const OrtKernelInfo* info, int32_t dtype)
+      : api_(api), quantizer_(api, info, "FlatQuantize", dtype, kFlatQuantizeFactors) {}
+
+  void compute(OrtKernelContext* context) const {
+    const Call call(api_, context);
+    const Shape x = shape_of(api_, call.input(kX));
+    require(!x.empty(), "FlatQuantize: x has rank 1 or more");
+    fq_flat_quantize_params params = quantizer_.prepare(call, x);
+    if (params.rows == 0) return;
+    const AlignedRows aligned(call, kX, params.rows, params.k * quantizer_.element_size());
+    quantizer_.set_x(&params, aligned);
+    check(fq_flat_quantize(&params, call.stream()), "FlatQuantize");
+  }
+
+ private:
+  const OrtApi& api_;
+  Quantizer quantizer_;
+};
+
+enum SiluMulFlatQuantizeInput : size_t { kGateUp, kSiluMulFactors };
+
+class SiluMulFlatQuantize {
+ public:
+  SiluMulFlatQuantize(const OrtApi& api, const OrtKernelInfo* info, int32_t dtype)
+      : api_(api), quantizer_(api, info, "SiluMulFlatQuantize", dtype, kSiluMulFactors) {
+    const int64_t gate = Node(api, info).integer("gate", 0);
+    if (gate != 0 && gate != 1) throw Failure("SiluMulFlatQuantize: attribute gate is 0 or 1, not " + std::to_string(gate));
+    gate_is_second_ = gate == 1;
+  }
+
+  void compute(OrtKernelContext* context) const {
+    const Call call(api_, context);
+    Shape h = shape_of(api_, call.input(kGateUp));
+    require(!h.empty(), "SiluMulFlatQuantize: gate_up has rank 1 or more");
+    require(h.back() % 2 == 0, "SiluMulFlatQuantize: gate_up has an even number of columns");
+    h.back() /= 2;
+    fq_flat_quantize_params params = quantizer_.prepare(call, h);
+    if (params.rows == 0) return;
+    const size_t half = params.k * quantizer_.element_size();
+    const AlignedRows gate(call, kGateUp, params.rows, half, gate_is_second_ ? half : 0, 2 * half);
+    const AlignedRows up(call, kGateUp, params.rows, half, gate_is_second_ ? 0 : half, 2 * half);
+    quantizer_.set_x(&params, gate);
+    const fq_silu_mul_params factor{up.data(), static_cast<int64_t>(up.pitch() / quantizer_.element_size())};
+    check(fq_silu_mul_flat_quantize(&params, &factor, call.stream()), "SiluMulFlatQuantize");
+  }
+
+ private:
+  const OrtApi& api_;
+  Quantizer quantizer_;
+  bool gate_is_second_;
 };
 
 // --- W4A4Gemm -------------------------------------------------------------------------------------------------------------------------
@@ -499,7 +559,6 @@ class W4A4Gemm {
     params.dtype = dtype_;
     params.container = packed_ ? FQ_PACKED : FQ_INT8;
     params.layout = layout_;
-    params.constant_weights = weight_.has_value();
     check(fq_w4a4_gemm(&params, call.stream()), "W4A4Gemm");
   }
 
@@ -590,14 +649,24 @@ class Inference {
   OrtShapeInferContext* context_;
 };
 
-void infer_flat_quantize(const Inference& inference) {
-  std::vector<Dim> dims = inference.input(kX);
-  if (dims.empty()) return;
+void infer_quantized(const Inference& inference, std::vector<Dim> dims) {
   std::vector<Dim> scale = dims;
   scale.back() = {1, ""};
   if (inference.integer("packed", 0) == 1) dims.back() = dims.back().value >= 0 ? Dim{dims.back().value / 2, ""} : unknown_dim();
   inference.output(0, dims, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8);
   inference.output(1, scale, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+}
+
+void infer_flat_quantize(const Inference& inference) {
+  const std::vector<Dim> dims = inference.input(kX);
+  if (!dims.empty()) infer_quantized(inference, dims);
+}
+
+void infer_silu_mul_flat_quantize(const Inference& inference) {
+  std::vector<Dim> dims = inference.input(kGateUp);
+  if (dims.empty()) return;
+  dims.back() = dims.back().value >= 0 ? Dim{dims.back().value / 2, ""} : unknown_dim();
+  infer_quantized(inference, dims);
 }
 
 void infer_w4a4_gemm(const Inference& inference) {
@@ -616,7 +685,7 @@ using Types = std::vector<ONNXTensorElementDataType>;
 struct Op : OrtCustomOp {
   const OrtApi* api;
   const char* name;
-  int32_t dtype;  // of x, by which FlatQuantize has several
+  int32_t dtype;  // of the first input, by which all but W4A4Gemm have several
   Types inputs, outputs;
   void (*infer)(const Inference&);
 };
@@ -673,6 +742,8 @@ struct Registration {
     for (const int32_t dtype : {FQ_FLOAT, FQ_FLOAT16, FQ_BFLOAT16}) {
       const auto x = element_type(dtype);
       add(api, signature<FlatQuantize>(api, "FlatQuantize", dtype, {x, kFloat, kFloat, kFloat}, {kInt8, kFloat}, infer_flat_quantize));
+      add(api, signature<SiluMulFlatQuantize>(api, "SiluMulFlatQuantize", dtype, {x, kFloat, kFloat, kFloat}, {kInt8, kFloat},
+                                              infer_silu_mul_flat_quantize));
     }
     // Signatures that differ in the output alone would be told apart by their order: the first one's type would be inferred for all.
     add(api, signature<W4A4Gemm>(api, "W4A4Gemm", 0, {kInt8, kFloat, kInt4, kFloat, kFloat}, {kByAttribute}, infer_w4a4_gemm));
