@@ -1,14 +1,16 @@
-// FlatQuantize for compute capability 9.0: both products on wgmma, a row of x fetched once by the copy engine and never back in device memory.
+// FlatQuantize for compute capability 9.0: both products on wgmma, a row of x fetched once by the copy engine, codes written once.
 //
-// A row is X [n1, n2]. Z = left^T X: both operands in shared memory, X where the copy engine put it. T = Z right: a thread's part of Z, rounded
-// to 16 bits, is its part of the left operand. T's largest magnitude, scale and codes follow in registers, and the codes go straight to
-// device memory: `right` lies in shared memory with its columns reordered so that the columns of T that a thread holds are neighbours.
+// A row is X [n1, n2]. Z = left^T X: both operands in shared memory, X where the copy engine put it. T = Z right: a thread's part of Z,
+// rounded to 16 bits, is its part of the left operand. T's largest magnitude, scale and codes follow in registers, and the codes go from
+// there to device memory: `right` lies in shared memory with its columns reordered so that a thread's columns of T are neighbours.
 //
-// One warpgroup computes 64 rows of Z and T. One of them, or two where n1 > 64, are a team that works on a row of x; teams take turns, so that
-// one's products run beside another's epilogue. Where n1 <= 32 a team works on two rows at once: X is then one above the other and left^T
-// stands twice on the diagonal.
+// One warpgroup computes 64 rows of Z and T. One of them, or two where n1 > 64, are a team that works on a row of x; teams take turns, so
+// that one's products run beside another's epilogue. Where n1 <= 32 a team works on two rows at once: X is then one above the other and
+// left^T stands twice on the diagonal.
 //
 // Where a row of T is not finite it is computed again, with care: Z may have left fp16's range, or the other row may hold the NaN.
+//
+// A norm or a gate in front is applied to the row in shared memory.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -201,8 +203,8 @@ __device__ __forceinline__ int left_offset(int k, int m) {
   return m / kTile * S::kBoxBytes + k * kBoxRow + (m % kTile / 8 ^ k % 8) * 16 + m % 8 * 2;
 }
 
-// Right: in matrices of eight columns by 16 bytes along K, the columns reordered: of 64 columns in memory (of kN2 % 64, in the last run) each
-// of a quad's threads takes a quarter, its columns of eight tiles of T.
+// Right: in matrices of eight columns by 16 bytes along K, the columns reordered: of 64 columns in memory (of kN2 % 64, in the last run)
+// each of a quad's threads takes a quarter, its columns of eight tiles of T.
 template <typename S>
 __device__ __forceinline__ int right_offset(int k, int n) {
   const int run = n / 64, quarter = min(S::kN2 - 64 * run, 64) / 4;
@@ -213,7 +215,8 @@ __device__ __forceinline__ int right_offset(int k, int n) {
 // Brings both factors to shared memory, zero where they are smaller than the shape. `then` is called once this thread's first loads are on
 // their way. Leaves the largest magnitudes of fp32 factors in shared.largest_factor.
 template <typename Element, typename Factor, typename S, typename Then>
-__device__ __forceinline__ void store_factors(uint8_t* to_left, uint8_t* to_right, Shared& shared, const Problem& problem, const Then& then) {
+__device__ __forceinline__ void store_factors(uint8_t* to_left, uint8_t* to_right, Shared& shared, const Problem& problem,
+                                              const Then& then) {
   constexpr int kChunks = 8 * S::kTiles;  // of eight columns, in a row of left
   constexpr int kLeftTasks = (S::kM * kChunks + S::kThreads - 1) / S::kThreads;
   constexpr int kEights = S::kN2 / 8;
@@ -288,7 +291,8 @@ __device__ __forceinline__ void store_factors(uint8_t* to_left, uint8_t* to_righ
 
 // The same for fp32 factors that are not in fp16's range, times powers of two.
 template <typename S>
-__device__ void store_scaled_factors(uint8_t* to_left, uint8_t* to_right, const Problem& problem, float left_multiplier, float right_multiplier) {
+__device__ void store_scaled_factors(uint8_t* to_left, uint8_t* to_right, const Problem& problem, float left_multiplier,
+                                     float right_multiplier) {
   const float* const left = static_cast<const float*>(problem.left);
   const float* const right = static_cast<const float*>(problem.right);
 #pragma unroll 1
@@ -590,7 +594,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   uint32_t in_registers[S::kLeftInRegisters ? S::kLeftSteps : 1][4];
   if constexpr (S::kLeftInRegisters) {
     const int chunk = 2 * (warp % 4) + lane / 8 % 2;
-    const uint32_t address = shared_address(left) + warp / 4 * S::kBoxBytes + (lane / 16 * 8 + lane % 8) * kBoxRow + (chunk ^ lane % 8) * 16;
+    const uint32_t address =
+        shared_address(left) + warp / 4 * S::kBoxBytes + (lane / 16 * 8 + lane % 8) * kBoxRow + (chunk ^ lane % 8) * 16;
 #pragma unroll
     for (int s = 0; s < S::kLeftSteps; ++s) load_transposed(in_registers[s], address + s * 16 * kBoxRow);
     fence_async_shared();
@@ -709,7 +714,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     if (warp_row < problem.n1 && present) {
       uint8_t* const first = problem.q + index * width;
       const int offset = row * problem.n2, next = 8 * problem.n2;
-      uint8_t* const rows[2] = {first + (problem.packed ? offset / 2 : offset), first + (problem.packed ? (offset + next) / 2 : offset + next)};
+      uint8_t* const rows[2] = {first + (problem.packed ? offset / 2 : offset),
+                                first + (problem.packed ? (offset + next) / 2 : offset + next)};
       store_runs<0, S::kN2>(t, rounding, rows, inside, problem.n2, lane % 4, problem.packed);
     }
     turn += S::kTeams;
@@ -761,12 +767,13 @@ constexpr int kSharedMemory = 232448;  // that compute capability 9.0 has for a 
 const char* fits(const fq_flat_quantize_params& params, const Prologue& prologue, const Device& device) {
   if (params.dtype != FQ_FLOAT16 && params.dtype != FQ_BFLOAT16) return "takes x in float16 or bfloat16";
   if (params.left == nullptr) return "takes a transform, not the quantizer alone";
-  if (params.n1 > kLargestN1 || params.n2 > kLargestN2 || params.n2 % 16 != 0) return "takes n1 up to 128 and n2 a multiple of 16 up to 224";
+  if (params.n1 > kLargestN1 || params.n2 > kLargestN2 || params.n2 % 16 != 0)
+    return "takes n1 up to 128 and n2 a multiple of 16 up to 224";
   if (prologue.kind != PrologueKind::kNone && params.n2 > kLargestPrologueN2) return "takes a norm or a gate with n2 up to 128";
   if (prologue.kind == PrologueKind::kRmsNorm && params.n1 > kLargestNormN1) return "takes a norm with n1 up to 64";
   if (params.k != int64_t(params.n1) * params.n2) return "takes one block: k = n1 n2";
   if (params.rows > INT32_MAX - 65536) return "takes fewer rows";
-  if (params.variant == 0 && params.rows < kFewestRows) return "is for 64 rows or more";
+  if (params.variant == 0 && params.rows < kFewestRows) return "is for 64 rows or more (name it to have it for fewer)";
   if (reinterpret_cast<uintptr_t>(params.right) % 16 != 0) return "takes right at a multiple of 16 bytes";
   if (device.shared_memory < kSharedMemory) return "needs the shared memory of compute capability 9.0";
   return nullptr;
@@ -774,7 +781,8 @@ const char* fits(const fq_flat_quantize_params& params, const Prologue& prologue
 
 template <typename Element, typename S>
 fq_status make_row_map(CUtensorMap* map, const fq_flat_quantize_params& params, const void* data, int64_t stride) {
-  constexpr CUtensorMapDataType kType = std::is_same_v<Element, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  constexpr CUtensorMapDataType kType =
+      std::is_same_v<Element, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const cuuint64_t n1 = cuuint64_t(params.n1), n2 = cuuint64_t(params.n2);
   const cuuint64_t row_bytes = params.rows == 1 ? n1 * n2 * 2 : cuuint64_t(stride) * 2;  // one row's stride need not be aligned
   return make_tensor_map<3>(map, data, kType, {n2, n1, cuuint64_t(params.rows)}, {n2 * 2, row_bytes}, {kTile, S::kN1, S::kRows},
@@ -798,9 +806,8 @@ fq_status launch_shape(const fq_flat_quantize_params& params, const Prologue& pr
   problem.stages = stages_for<S, kKind>(device);
   const int bytes = shared_bytes<S, kKind>(problem.stages);
   const auto kernel = flat_quantize<Element, S, kKind>;
-  if (const fq_status status = check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
-      status != FQ_OK)
-    return status;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (const fq_status status = check(error, "cudaFuncSetAttribute"); status != FQ_OK) return status;
   const int groups = (problem.rows + S::kRows - 1) / S::kRows;
   const int blocks = groups < device.multiprocessors ? groups : device.multiprocessors;
   kernel<<<blocks, S::kThreads, bytes, stream>>>(x, second, problem);

@@ -9,9 +9,9 @@
 namespace fq::sm90 {
 
 // d += a . b, or d = a . b where `accumulate` is 0: a 64 x 16 in registers or behind a descriptor of shared memory, b 16 x kN behind one.
-// kTransposed: the operand lies in shared memory with K as the outer index (MN-major), else with K contiguous (K-major). Thread (warp w, lane
-// 4 g + t) holds of d the rows 16 w + g and 16 w + g + 8: d[4 j + 2 h + e] is row 16 w + g + 8 h, column 8 j + 2 t + e; of a the pairs
-// a[h + 2 i]: the same rows, columns 8 i + 2 t and 8 i + 2 t + 1: what it holds of a product is its part of the left operand of the next one.
+// kTransposed: the operand lies in shared memory with K as the outer index (MN-major), else with K contiguous (K-major). Thread (warp w,
+// lane 4 g + t) holds of d the rows 16 w + g and 16 w + g + 8: d[4 j + 2 h + e] is row 16 w + g + 8 h, column 8 j + 2 t + e; of a the pairs
+// a[h + 2 i]: the same rows, columns 8 i + 2 t and 8 i + 2 t + 1: what it holds of a product is its part of the next one's left operand.
 template <typename Element, int kN>
 struct Wgmma;
 
@@ -20,13 +20,6 @@ template <int kRegisters>
 __device__ __forceinline__ void settle(float (&d)[kRegisters]) {
 #pragma unroll
   for (int i = 0; i < kRegisters; ++i) asm volatile("" : "+f"(d[i])::"memory");
-}
-
-// Keeps a left operand that stays in registers where it is.
-template <int kSteps>
-__device__ __forceinline__ void settle(uint32_t (&a)[kSteps][4]) {
-#pragma unroll
-  for (int i = 0; i < kSteps * 4; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
 }
 
 template <>
