@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,10 @@ from torch import nn
 
 from fqonnx import model as model_file
 from fqonnx.passes.linears import find
+from fqonnx.passes.pipeline import quantize_model
 from fqonnx.passes.prepare import prepare
+from fqonnx.recipe import SCHEMES, Recipe
+from tests.rewriting import solve
 from tests.runtime import run
 
 if TYPE_CHECKING:
@@ -154,6 +158,16 @@ def _names(result: Linears) -> list[str]:
     return [group.name for group in result.groups]
 
 
+def _fused_activations(model: ir.Model, result: Linears) -> int:
+    """How many gated activations W4A4 computes together with the quantizer behind them."""
+    solutions = solve(result.groups, SCHEMES["w4a4"])
+    model = quantize_model(model, result.groups, solutions.__getitem__, Recipe(transform="none", weights="rtn"))
+    counts = Counter(node.op_type for node in model.graph)
+    assert counts["FlatQuantize"] + counts["SiluMulFlatQuantize"] == counts["W4A4Gemm"] == len(result.groups)
+    assert "Sigmoid" not in counts
+    return counts["SiluMulFlatQuantize"]
+
+
 def decoder_groups(blocks: int = 1) -> list[str]:
     parts = ("q_proj+k_proj+v_proj", "o_proj", "gate+up", "down")
     return [f"layers.{i}.{part}" for i in range(blocks) for part in parts]
@@ -189,15 +203,17 @@ def test_decoder(tmp_path: Path, dynamo: bool, opset: int, norm: type[nn.Module]
     assert reasons[:-1] == ["both operands are activations"] * 2 * blocks
     assert reasons[-1].startswith("the vocabulary projection (120 x 64")
     assert result.left_in_float[-1].name == "lm_head"
+    assert _fused_activations(model, result) == blocks
 
 
 def test_fp16_decoder_with_norms_in_fp32(tmp_path: Path) -> None:
     torch.manual_seed(0)
     expected = export(Decoder().half(), IDS, tmp_path / "m.onnx", dynamo=True, opset=18)
-    _, result = check(tmp_path / "m.onnx", IDS, expected, tolerance=5e-3)
+    model, result = check(tmp_path / "m.onnx", IDS, expected, tolerance=5e-3)
     assert _names(result) == decoder_groups()
     assert {group.input.dtype for group in result.groups} == {ir.DataType.FLOAT16}
     assert [group.norm is not None for group in result.groups] == [True, False, True, False]
+    assert _fused_activations(model, result) == 1
 
 
 def test_bf16_decoder(tmp_path: Path) -> None:
@@ -205,11 +221,13 @@ def test_bf16_decoder(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = Decoder().bfloat16()
     export(module, IDS, tmp_path / "m.onnx", dynamo=True, opset=18)
-    result = find(prepare(model_file.load(tmp_path / "m.onnx")))
+    model = prepare(model_file.load(tmp_path / "m.onnx"))
+    result = find(model)
     assert _names(result) == decoder_groups()
     assert {group.input.dtype for group in result.groups} == {ir.DataType.BFLOAT16}
     q_proj = result.groups[0].linears[0]
     np.testing.assert_array_equal(q_proj.read_weight(), module.layers[0].q_proj.weight.detach().float().numpy())
+    assert _fused_activations(model, result) == 1
 
 
 @pytest.mark.parametrize(("dynamo", "opset"), [(True, 18), (False, 17), (False, 14)])

@@ -17,13 +17,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fqonnx.engines import onnxruntime as engine
 from fqonnx.errors import EngineError
-from fqonnx.ops import DOMAIN
-from fqonnx.ops.reference import flat_quantize, unpack_rows, w4a4_gemm
+from fqonnx.ops import DOMAIN, add_functions, silu_mul_flat_quantize_node
+from fqonnx.ops.reference import flat_quantize, silu_mul, unpack_rows, w4a4_gemm
 from fqonnx.passes.fuse import target_named
 from fqonnx.passes.pipeline import quantize_model
 from fqonnx.plugins import library
 from fqonnx.recipe import SCHEMES, Recipe
-from tests.rewriting import NUMPY, Builder, feed, found, mlp, qkv, run, solve
+from tests.ops_graphs import cast, constant, empty_model
+from tests.rewriting import NUMPY, Builder, feed, found, matrix, mlp, qkv, run, solve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -254,9 +255,11 @@ def check_nodes(model: ir.Model, arrays: Mapping[str, Any], dtype: int) -> None:
     for node in nodes:
         given = [v.const_value.numpy() if v.const_value is not None else ran[v.name or ""] for v in node.inputs if v is not None]
         got = [ran[value.name or ""] for value in node.outputs]
-        if node.op_type == "FlatQuantize":
+        if node.op_type in ("FlatQuantize", "SiluMulFlatQuantize"):
             bits, packed = node.attributes["bits"].as_int(), bool(node.attributes["packed"].as_int())
             x, left, right, clip = given
+            if node.op_type == "SiluMulFlatQuantize":
+                x = silu_mul(x.astype(NUMPY[dtype]), gate=node.attributes["gate"].as_int())
             codes, scale = flat_quantize(x, left, right, float(clip), bits=bits)
             q = unpack_rows(got[0]) if packed else got[0]
             np.testing.assert_allclose(got[1], scale, rtol=eps, err_msg=node.name)
@@ -365,10 +368,12 @@ def test_every_node_ran_in_a_kernel(gpu: str, tmp_path: Path) -> None:
         for event in events
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
     )
-    assert {key: count for key, count in ran.items() if key[0] in ("FlatQuantize", "W4A4Gemm")} == {
-        ("FlatQuantize", "CUDAExecutionProvider"): 8,
+    assert {key: count for key, count in ran.items() if key[0].endswith(("FlatQuantize", "W4A4Gemm"))} == {
+        ("FlatQuantize", "CUDAExecutionProvider"): 6,
+        ("SiluMulFlatQuantize", "CUDAExecutionProvider"): 2,
         ("W4A4Gemm", "CUDAExecutionProvider"): 8,
     }
+    assert "Sigmoid" not in {op for op, _ in ran}
     assert not any(op in ("DequantizeLinear", "Round") for op, _ in ran), "a body was inlined"
 
 
@@ -425,6 +430,29 @@ def test_factors_that_are_computed(gpu: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("up_first", [False, True], ids=["gate_up", "up_gate"])
+@pytest.mark.parametrize("rows", [0, 1, 5, 200])
+@pytest.mark.parametrize("inner", [4096, 512, 90, 33])
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=["fp32", "fp16", "bf16"])
+def test_gated_activations(gpu: str, dtype: int, inner: int, rows: int, up_first: bool) -> None:
+    """The op alone on halves of every alignment; 90 and 33 columns are no multiple of 16 bytes and are copied."""
+    rng = np.random.default_rng(inner + rows)
+    x = ir.val("x", ir.DataType.FLOAT, ["rows", 2 * inner])
+    model = empty_model([x])
+    n1 = next(n for n in range(int(inner**0.5), 0, -1) if inner % n == 0)
+    left, right = (matrix(rng, n) for n in (n1, inner // n1))
+    factors = [
+        constant(model.graph, name, value) for name, value in (("left", left), ("right", right), ("clip", np.array(0.9, np.float32)))
+    ]
+    typed = cast(model.graph, x, ir.DataType(dtype), "typed")
+    node = silu_mul_flat_quantize_node(typed, *factors, gate=int(up_first), packed=inner % 2 == 0, name="gated")
+    model.graph.append(node)
+    model.graph.outputs.extend(node.outputs)
+    add_functions(model)
+    check_nodes(model, {"x": (3 * rng.standard_normal((rows, 2 * inner))).astype(np.float32)}, dtype)
+
+
+@pytest.mark.gpu
 def test_no_rows(gpu: str) -> None:
     proto = qkv(FP16)
     (y,) = on_cuda(lowered(proto, gpu), {"x": np.zeros((0, 3, 64), np.float16)}).values()
@@ -462,10 +490,12 @@ def _set(model: onnx.ModelProto, op: str, name: str, value: Any) -> None:
         ("W4A4Gemm", "dtype", 7, "attribute dtype is 1, 10 or 16, not 7"),
         ("FlatQuantize", "bits", 5, "attribute bits is 4 or 8, not 5"),
         ("FlatQuantize", "packed", 2, "attribute packed is 0 or 1, not 2"),
+        ("SiluMulFlatQuantize", "bits", 3, "SiluMulFlatQuantize: attribute bits is 4 or 8, not 3"),
+        ("SiluMulFlatQuantize", "gate", 2, "attribute gate is 0 or 1, not 2"),
     ],
 )
 def test_attributes_that_make_no_sense(gpu: str, op: str, name: str, value: Any, message: str) -> None:
-    model = ir.to_proto(lowered(qkv(FP16), gpu))
+    model = ir.to_proto(lowered(decoder(FP16), gpu))
     _set(model, op, name, value)
     with pytest.raises(EngineError, match=message) as caught:
         engine.session(model.SerializeToString(), device="cuda")

@@ -335,7 +335,7 @@ std::vector<uint16_t> round_factor(const std::vector<float>& values, int32_t dty
   return rounded;
 }
 
-// What these ops share: the attributes, the outputs q and scale, and left, right and clip, which are inputs `first_factor` and the next two.
+// What these ops share: the attributes, the outputs q and scale, and the inputs left, right and clip; left is number `first_factor`.
 class Quantizer {
  public:
   Quantizer(const OrtApi& api, const OrtKernelInfo* info, const char* op, int32_t dtype, size_t first_factor)
