@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from fqonnx.ops import add_functions, flat_quantize_node, int4_tensor, silu_mul_flat_quantize_node, to_layout, w4a4_gemm_node
+from fqonnx.ops import (
+    add_functions,
+    flat_quantize_node,
+    int4_tensor,
+    rms_norm_flat_quantize_node,
+    silu_mul_flat_quantize_node,
+    to_layout,
+    w4a4_gemm_node,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,6 +99,41 @@ def flat_quantize_model(
     for index, gemm in enumerate(gemms):
         graph.outputs.append(append_gemm(graph, *quantize.outputs, gemm, dtype=dtype, packed=packed, layout=layout, name=f"gemm{index}"))
     for output, name in zip(graph.outputs, ("q", "scale", *(f"y{index}" for index in range(len(gemms)))), strict=True):
+        output.name = name
+    add_functions(model)
+    return model
+
+
+def rms_norm_model(
+    gamma: npt.NDArray[np.float32],
+    left: npt.NDArray[np.float32],
+    right: npt.NDArray[np.float32],
+    clip: float,
+    *,
+    lead: Sequence[int | str | None] = ("batch",),
+    dtype: ir.DataType = ir.DataType.FLOAT,
+    epsilon: float = 1e-5,
+    residual: bool = False,
+    bits: int = 4,
+    packed: bool = False,
+    opset: int = 21,
+) -> ir.Model:
+    """``x`` (and ``residual``), fed as fp32 and cast to ``dtype``, -> ``q``, ``scale`` (and ``sum``, cast back to fp32)."""
+    fed = [ir.val(name, ir.DataType.FLOAT, [*lead, len(gamma)]) for name in ("x", "residual")[: 1 + residual]]
+    model = empty_model(fed, opset)
+    graph = model.graph
+    factors = [
+        constant(graph, name, np.asarray(value, np.float32)) for name, value in (("left", left), ("right", right), ("clip", np.array(clip)))
+    ]
+    x, *more = (cast(graph, value, dtype, f"{value.name}_typed") for value in fed)
+    weight = constant(graph, "gamma", gamma.astype(dtype.numpy()))
+    quantize = rms_norm_flat_quantize_node(
+        x, weight, *factors, residual=more[0] if more else None, epsilon=epsilon, bits=bits, packed=packed, name="quantize"
+    )
+    graph.append(quantize)
+    q, scale, *sums = quantize.outputs
+    graph.outputs.extend([q, scale, *(cast(graph, total, ir.DataType.FLOAT, "sum_float") for total in sums)])
+    for output, name in zip(graph.outputs, ("q", "scale", "sum"), strict=False):
         output.name = name
     add_functions(model)
     return model

@@ -22,10 +22,11 @@ from fqonnx.ops import (
     function_for,
     inline_bodies,
     reference,
+    rms_norm_flat_quantize_node,
     silu_mul_flat_quantize_node,
     w4a4_gemm_node,
 )
-from tests.ops_graphs import Gemm, append_gemm, cast, empty_model, flat_quantize_model, gemm_model, proto, run
+from tests.ops_graphs import Gemm, append_gemm, cast, empty_model, flat_quantize_model, gemm_model, proto, rms_norm_model, run
 
 DTYPES = {ir.DataType.FLOAT: np.float32, ir.DataType.FLOAT16: np.float16, ir.DataType.BFLOAT16: ml_dtypes.bfloat16}
 NONE = np.ones((1, 1), np.float32)
@@ -187,6 +188,73 @@ def test_a_gate_at_the_edges(gate: int) -> None:
         assert np.isnan(scales[:, 0]).tolist() == [True, True, True, False, False]
     np.testing.assert_allclose(got["scale"][3:], scale[3:], rtol=1e-6)
     assert got["q"][3:].tolist() == q[3:].tolist() == [[7, 0], [0, 7]]
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["norm", "sum"])
+@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
+def test_a_norm_is_quantized_bit_for_bit_where_it_is_exact(dtype: ir.DataType, opset: int, residual: bool) -> None:
+    """Rows of 2 and -2, with an epsilon of 12: their root is 4, whatever their order."""
+    rng = np.random.default_rng(opset)
+    for (n1, n2, blocks), lead, (bits, pack) in zip(FACTORS, LEADS, [(4, False), (8, False), (4, True)] * 3, strict=False):
+        gamma, left, right = exact_case(rng, n1, n2, blocks, ())
+        total = rng.choice([-2, 2], (*lead, len(gamma))).astype(np.float32)
+        added = rng.integers(-9, 9, total.shape).astype(np.float32) if residual else np.zeros_like(total)
+        packed, clip = pack and len(gamma) % 2 == 0, float(rng.uniform(0.5, 1))
+        model = rms_norm_model(
+            gamma,
+            left,
+            right,
+            clip,
+            lead=[None] * len(lead),
+            dtype=dtype,
+            epsilon=12,
+            residual=residual,
+            bits=bits,
+            packed=packed,
+            opset=opset,
+        )
+        onnx.checker.check_model(proto(model), full_check=True)
+        got = run(model, x=total - added, **({"residual": added} if residual else {}))
+        options: dict[str, Any] = {"epsilon": 12, "bits": bits, "packed": packed}
+        weight = typed(gamma, dtype)
+        q, scale, summed = reference.add_rms_norm_flat_quantize(
+            typed(total - added, dtype), typed(added, dtype), weight, left, right, clip, **options
+        )
+        np.testing.assert_array_equal(got["q"], q, strict=True)
+        np.testing.assert_array_equal(got["scale"], scale, strict=True)
+        np.testing.assert_array_equal(summed.astype(np.float32), total)
+        if residual:
+            np.testing.assert_array_equal(got["sum"], total, strict=True)
+        else:
+            alone = reference.rms_norm_flat_quantize(typed(total, dtype), weight, left, right, clip, **options)
+            for left_out, value in zip(alone, (q, scale), strict=True):
+                np.testing.assert_array_equal(left_out, value)
+        h = typed(total / 4 * gamma, dtype)
+        np.testing.assert_array_equal(q, reference.flat_quantize(h, left, right, clip, bits=bits, packed=packed)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
+def test_a_norm_is_rounded_once(dtype: ir.DataType) -> None:
+    """The reference against float64, and the body against the reference: codes as wide as there are, without a transform."""
+    rng = np.random.default_rng(0)
+    x, added = (typed(rng.normal(size=(50, 64)).astype(np.float32) * 3, dtype) for _ in range(2))
+    gamma = typed(1 + 0.3 * rng.normal(size=64).astype(np.float32), dtype)
+    q, scale, total = reference.add_rms_norm_flat_quantize(x, added, gamma, NONE, NONE, 1.0, epsilon=1e-3, bits=8)
+    assert total.dtype == DTYPES[dtype]
+    np.testing.assert_array_equal(total, (x.astype(np.float64) + added.astype(np.float64)).astype(DTYPES[dtype]))
+    wide = total.astype(np.float64)
+    exact = gamma.astype(np.float64) * wide / np.sqrt((wide**2).mean(axis=-1, keepdims=True) + 1e-3)
+    h = reference.rms_norm(total, gamma, epsilon=1e-3)
+    ulp = np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64) * 2 ** (23 - ml_dtypes.finfo(DTYPES[dtype]).nmant)
+    np.testing.assert_array_less(np.abs(h.astype(np.float64) - exact), ulp * (4 if dtype == ir.DataType.FLOAT else 0.51) + 1e-7)
+
+    model = rms_norm_model(gamma.astype(np.float32), NONE, NONE, 1.0, dtype=dtype, epsilon=1e-3, residual=True, bits=8)
+    got = run(model, x=x.astype(np.float32), residual=added.astype(np.float32))
+    np.testing.assert_array_equal(got["sum"], total.astype(np.float32))
+    np.testing.assert_allclose(got["scale"], scale, rtol=float(ml_dtypes.finfo(DTYPES[dtype]).eps) + 1e-6)
+    assert np.abs(got["q"].astype(int) - q).max() <= 1
+    assert np.count_nonzero(got["q"] != q) <= 0.01 * q.size
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -356,7 +424,7 @@ def test_several_nodes_share_one_body() -> None:
         np.testing.assert_allclose(got[f"y{index}"], want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("op", ["FlatQuantize", "SiluMulFlatQuantize", "W4A4Gemm"])
+@pytest.mark.parametrize("op", ["FlatQuantize", "SiluMulFlatQuantize", "RmsNormFlatQuantize", "AddRmsNormFlatQuantize", "W4A4Gemm"])
 def test_a_body_has_unique_names_and_standard_ops_at_one_opset_only(op: str) -> None:
     function = function_for(op, 23)
     names = [node.name for node in function]
@@ -432,7 +500,7 @@ def test_inlined_bodies_compute_the_same_under_names_of_their_calls() -> None:
 def test_an_op_that_does_not_exist_is_refused() -> None:
     model = empty_model([ir.val("x", ir.DataType.FLOAT, [1])])
     model.graph.append(ir.node("W2A2Gemm", [model.graph.inputs[0]], domain="fqonnx"))
-    with pytest.raises(ModelError, match=r"there is no op fqonnx.W2A2Gemm: this version has FlatQuantize, SiluMulFlatQuantize, W4A4Gemm"):
+    with pytest.raises(ModelError, match=r"there is no op fqonnx.W2A2Gemm: this version has FlatQuantize, .*W4A4Gemm"):
         add_functions(model)
 
 
@@ -472,6 +540,10 @@ def test_constructors_refuse_what_the_ops_cannot_do() -> None:
         silu_mul_flat_quantize_node(*node_inputs(), packed=True, name="fq")
     with pytest.raises(ModelError, match=r"the input of fq is INT32"):
         silu_mul_flat_quantize_node(*node_inputs(ir.DataType.INT32), name="fq")
+    x, *factors = node_inputs(ir.DataType.FLOAT16)
+    for gamma, residual in ((ir.DataType.FLOAT, ir.DataType.FLOAT16), (ir.DataType.FLOAT16, ir.DataType.FLOAT)):
+        with pytest.raises(ModelError, match="fq adds and multiplies FLOAT to FLOAT16"):
+            rms_norm_flat_quantize_node(x, ir.val("gamma", gamma), *factors, residual=ir.val("r", residual), epsilon=1e-5, name="fq")
     with pytest.raises(ValueError, match="gate is 0 or 1, not 2"):
         silu_mul_flat_quantize_node(*node_inputs(), gate=2, name="fq")
     q, scale, w = ir.val("q", ir.DataType.INT8), ir.val("s", ir.DataType.FLOAT), ir.val("w", ir.DataType.INT4, [4, 192])
@@ -500,6 +572,10 @@ def test_references_refuse_shapes_that_do_not_fit() -> None:
     for gate_up, gate in ((x, 0), (np.ones((2, 8), np.float32), 2)):
         with pytest.raises(ValueError, match="is no gate"):
             reference.silu_mul(gate_up, gate=gate)
+    with pytest.raises(ValueError, match=r"gamma float32\(6,\) does not fit rows"):
+        reference.rms_norm(x, np.ones(6, np.float32), epsilon=1e-5)
+    with pytest.raises(ValueError, match=r"residual float16\(2, 7\) does not fit"):
+        reference.add_rms_norm_flat_quantize(x, x.astype(np.float16), np.ones(7, np.float32), NONE, NONE, 1.0, epsilon=1e-5)
     with pytest.raises(ValueError, match="do not transform rows of 7"):
         reference.flat_quantize(x, np.eye(2, dtype=np.float32), NONE, 1.0)
     with pytest.raises(ModelError, match="cannot be packed"):

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from fqonnx.ops import inline_bodies
-from tests.ops_graphs import Gemm, flat_quantize_model, proto
+from tests.ops_graphs import Gemm, flat_quantize_model, proto, rms_norm_model
 
 trt = pytest.importorskip("tensorrt_rtx", reason="pip install fqonnx[tensorrt-rtx]")
 
@@ -86,6 +86,20 @@ def test_a_quantized_linear_builds_with_a_dynamic_batch(logger: Any, case: str, 
     engine = build(builder, network, ((1, 1, width), (2, 16, width), (4, 64, width)))
     assert engine is not None
     assert engine.nbytes > 0
+
+
+@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16], ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("residual", [False, True], ids=["norm", "sum"])
+def test_a_quantized_norm_builds(logger: Any, residual: bool, dtype: ir.DataType) -> None:
+    model = rms_norm_model(np.ones(64, np.float32), np.eye(4), np.eye(16), 0.9, dtype=dtype, residual=residual, packed=residual)
+    builder, network = parse(logger, model)
+    shapes = [tuple(network.get_output(i).shape) for i in range(network.num_outputs)]
+    assert shapes == ([(-1, 32), (-1, 1), (-1, 64)] if residual else [(-1, 64), (-1, 1)])
+    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+    for name in ("x", "residual")[: 1 + residual]:
+        profile.set_shape(name, (1, 64), (8, 64), (16, 64))
+    config.add_optimization_profile(profile)
+    assert builder.build_serialized_network(network, config) is not None
 
 
 def two_linears() -> ir.Model:

@@ -2,7 +2,14 @@
 
 from fqonnx.ops.bodies import DOMAIN, OPSETS, VERSION, add_functions, function_for, inline_bodies
 from fqonnx.ops.layout import CONTAINERS, LAYOUTS, from_layout, int4_tensor, lazy_int4_tensor, pack_int4, to_layout, unpack_int4
-from fqonnx.ops.nodes import FLOAT_TYPES, dequantize_nodes, flat_quantize_node, silu_mul_flat_quantize_node, w4a4_gemm_node
+from fqonnx.ops.nodes import (
+    FLOAT_TYPES,
+    dequantize_nodes,
+    flat_quantize_node,
+    rms_norm_flat_quantize_node,
+    silu_mul_flat_quantize_node,
+    w4a4_gemm_node,
+)
 
 __all__ = [
     "CONTAINERS",
@@ -20,6 +27,7 @@ __all__ = [
     "int4_tensor",
     "lazy_int4_tensor",
     "pack_int4",
+    "rms_norm_flat_quantize_node",
     "silu_mul_flat_quantize_node",
     "to_layout",
     "unpack_int4",

@@ -121,6 +121,28 @@ _SILU_MUL = """
     x = CastLike (h, gate_up)
 """
 
+# Likewise: hidden normalised to a mean square of 1, times gamma.
+_RMS_NORM = """
+    epsilon = Constant <value_float: float = @epsilon> ()
+    hidden_float = Cast <to: int = 1> (hidden)
+    square = Mul (hidden_float, hidden_float)
+    mean_square = ReduceMean <keepdims: int = 1> (square, last)
+    mean_square_epsilon = Add (mean_square, epsilon)
+    root = Sqrt (mean_square_epsilon)
+    unit = Div (hidden_float, root)
+    gamma_float = Cast <to: int = 1> (gamma)
+    h = Mul (unit, gamma_float)
+    x = CastLike (h, hidden)
+"""
+
+_ADD = """
+    summand_float = Cast <to: int = 1> (summand)
+    residual_float = Cast <to: int = 1> (residual)
+    sum_float = Add (summand_float, residual_float)
+    hidden = CastLike (sum_float, summand)
+    sum = Identity (hidden)
+"""
+
 _ATTRIBUTES = 'bits: int = 4, packed: int = 0, plugin_namespace: string = "fqonnx", plugin_version: string = "1"'
 
 _BODIES = {
@@ -135,6 +157,18 @@ SiluMulFlatQuantize <gate: int = 0, {_ATTRIBUTES}>
 (gate_up, left, right, clip) => (q, scale)
 {{
 {_CONSTANTS}{_SILU_MUL}{_QUANTIZE}}}
+""",
+    "RmsNormFlatQuantize": f"""
+RmsNormFlatQuantize <epsilon: float = 0.00001, {_ATTRIBUTES}>
+(hidden, gamma, left, right, clip) => (q, scale)
+{{
+{_CONSTANTS}{_RMS_NORM}{_QUANTIZE}}}
+""",
+    "AddRmsNormFlatQuantize": f"""
+AddRmsNormFlatQuantize <epsilon: float = 0.00001, {_ATTRIBUTES}>
+(summand, residual, gamma, left, right, clip) => (q, scale, sum)
+{{
+{_CONSTANTS}{_ADD}{_RMS_NORM}{_QUANTIZE}}}
 """,
     "W4A4Gemm": f"""
 W4A4Gemm <packed: int = 0, layout: string = "plain", layout_shape: ints = [0, -1], layout_perm: ints = [0, 1], dtype: int = 1,
@@ -207,7 +241,7 @@ def function_for(op: str, opset: int) -> ir.Function:
     """The body of an op.
 
     Args:
-        op: ``FlatQuantize``, ``SiluMulFlatQuantize`` or ``W4A4Gemm``.
+        op: A key of ``_BODIES``, such as ``FlatQuantize``.
         opset: The model's version of the default domain.
 
     Returns:

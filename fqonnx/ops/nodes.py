@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import onnx_ir as ir
 
 from fqonnx.errors import ModelError
 from fqonnx.ops.bodies import DOMAIN, VERSION
 from fqonnx.ops.layout import check_container, layout_named
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 FLOAT_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 """What ``FlatQuantize`` and the ops that end in it read and ``W4A4Gemm`` writes."""
@@ -72,10 +77,64 @@ def silu_mul_flat_quantize_node(
     return _quantize_node("SiluMulFlatQuantize", [gate_up, left, right, clip], shape, {"gate": gate}, bits=bits, packed=packed, name=name)
 
 
-def _quantize_node(
-    op: str, inputs: list[ir.Value], shape: _SplitShape, attributes: dict[str, int], *, bits: int, packed: bool, name: str
+def rms_norm_flat_quantize_node(
+    x: ir.Value,
+    gamma: ir.Value,
+    left: ir.Value,
+    right: ir.Value,
+    clip: ir.Value,
+    *,
+    residual: ir.Value | None = None,
+    epsilon: float,
+    bits: int = 4,
+    packed: bool = False,
+    name: str,
 ) -> ir.Node:
-    """An op that ends in ``q`` and ``scale`` for rows of ``shape``."""
+    """A ``RmsNormFlatQuantize`` node, or with ``residual`` an ``AddRmsNormFlatQuantize``, as ``fqonnx.ops.reference`` defines them.
+
+    Args:
+        x: ``[.., K]`` fp16, bf16 or fp32.
+        gamma: ``[K]`` of x's type.
+        left: As of ``flat_quantize_node``.
+        right: Likewise.
+        clip: Likewise.
+        residual: Of x's type and shape: the norm is of ``x + residual``. None for x alone.
+        epsilon: Added to the mean of a row's squares.
+        bits: 4 or 8.
+        packed: Two 4-bit codes a byte.
+        name: The node's name; its outputs are ``{name}.q``, ``{name}.scale`` and, with ``residual``, ``{name}.sum``.
+
+    Returns:
+        The node, with the outputs of ``flat_quantize_node``, and the sum of x's type and shape.
+
+    Raises:
+        ModelError: ``x`` is not of a float type, ``gamma`` or ``residual`` of another, or K is odd with ``packed``.
+        ValueError: ``bits`` is neither 4 nor 8.
+    """
+    for other in (gamma, *([] if residual is None else [residual])):
+        if other.dtype != x.dtype:
+            raise ModelError(f"{name} adds and multiplies {other.dtype} to {x.dtype}: cast it, or keep the norm as it is")
+    attributes = {"epsilon": float(epsilon)}
+    if residual is None:
+        inputs = [x, gamma, left, right, clip]
+        return _quantize_node("RmsNormFlatQuantize", inputs, _split_shape(x), attributes, bits=bits, packed=packed, name=name)
+    total = ir.Value(name=f"{name}.sum", type=x.type, shape=None if x.shape is None else ir.Shape(x.shape.dims))
+    inputs = [x, residual, gamma, left, right, clip]
+    return _quantize_node("AddRmsNormFlatQuantize", inputs, _split_shape(x), attributes, (total,), bits=bits, packed=packed, name=name)
+
+
+def _quantize_node(
+    op: str,
+    inputs: list[ir.Value],
+    shape: _SplitShape,
+    attributes: Mapping[str, int | float],
+    more: tuple[ir.Value, ...] = (),
+    *,
+    bits: int,
+    packed: bool,
+    name: str,
+) -> ir.Node:
+    """An op whose outputs are ``q`` and ``scale`` for rows of ``shape``, and ``more``."""
     _check_float(inputs[0].dtype, f"the input of {name}")
     lead, k = shape
     check_container(bits=bits, packed=packed, k=k if isinstance(k, int) else 0)
@@ -84,7 +143,9 @@ def _quantize_node(
     if lead is not None:
         q.shape = ir.Shape([*lead, k // 2 if packed and isinstance(k, int) else None if packed else k])
         scale.shape = ir.Shape([*lead, 1])
-    return ir.node(op, inputs, {**attributes, "bits": bits, "packed": int(packed), **_PLUGIN}, domain=DOMAIN, outputs=[q, scale], name=name)
+    return ir.node(
+        op, inputs, {**attributes, "bits": bits, "packed": int(packed), **_PLUGIN}, domain=DOMAIN, outputs=[q, scale, *more], name=name
+    )
 
 
 def w4a4_gemm_node(

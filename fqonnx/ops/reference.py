@@ -88,6 +88,62 @@ def silu_mul_flat_quantize(
     return flat_quantize(silu_mul(gate_up, gate=gate), left, right, clip, bits=bits, packed=packed)
 
 
+def rms_norm(x: FloatArray, gamma: FloatArray, *, epsilon: float) -> FloatArray:
+    """What ``RmsNormFlatQuantize`` quantizes: ``h = gamma · (x / sqrt(mean(x²) + epsilon))`` in fp32, rounded once to x's type.
+
+    Args:
+        x: ``[.., K]`` fp16, bf16 (``ml_dtypes``) or fp32.
+        gamma: ``[K]`` of the same type.
+        epsilon: Added to the mean of a row's squares.
+
+    Returns:
+        ``h``, of x's shape and type.
+
+    Raises:
+        ValueError: ``gamma`` does not fit ``x``.
+    """
+    if gamma.shape != x.shape[-1:] or gamma.dtype != x.dtype:
+        raise ValueError(f"gamma {gamma.dtype}{gamma.shape} does not fit rows {x.dtype}{x.shape}")
+    wide = x.astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        root = np.sqrt((wide * wide).mean(axis=-1, keepdims=True) + np.float32(epsilon))
+        h: FloatArray = (gamma.astype(np.float32) * (wide / root)).astype(x.dtype)
+    return h
+
+
+def rms_norm_flat_quantize(
+    x: FloatArray, gamma: FloatArray, left: Array, right: Array, clip: float, *, epsilon: float, bits: int = 4, packed: bool = False
+) -> tuple[Int8Array, Array]:
+    """``RmsNormFlatQuantize``: ``flat_quantize`` of ``rms_norm``; arguments, results and errors are theirs."""
+    return flat_quantize(rms_norm(x, gamma, epsilon=epsilon), left, right, clip, bits=bits, packed=packed)
+
+
+def add_rms_norm_flat_quantize(
+    x: FloatArray,
+    residual: FloatArray,
+    gamma: FloatArray,
+    left: Array,
+    right: Array,
+    clip: float,
+    *,
+    epsilon: float,
+    bits: int = 4,
+    packed: bool = False,
+) -> tuple[Int8Array, Array, FloatArray]:
+    """``AddRmsNormFlatQuantize``: ``rms_norm_flat_quantize`` of ``x + residual`` rounded to their type, and this sum.
+
+    ``residual`` is of x's shape and type; the rest is as there.
+
+    Raises:
+        ValueError: It is not, or something does not fit as there.
+    """
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        raise ValueError(f"residual {residual.dtype}{residual.shape} does not fit {x.dtype}{x.shape}")
+    with np.errstate(over="ignore", invalid="ignore"):
+        total: FloatArray = (x.astype(np.float32) + residual.astype(np.float32)).astype(x.dtype)
+    return (*rms_norm_flat_quantize(total, gamma, left, right, clip, epsilon=epsilon, bits=bits, packed=packed), total)
+
+
 def w4a4_gemm(
     q: Int8Array,
     scale: Array,
