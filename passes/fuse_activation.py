@@ -24,6 +24,7 @@ import onnx_ir as ir
 from fqonnx.ops import DOMAIN, FLOAT_TYPES, add_functions, silu_mul_flat_quantize_node
 from fqonnx.passes.constants import is_constant, read, read_tensor, shape_of
 from fqonnx.passes.edit import Insertion, Names, last_dim, take_over
+from fqonnx.passes.walk import Walk
 
 logger = logging.getLogger(__name__)
 
@@ -101,81 +102,45 @@ class _Gated:
         return self.flat.name or "flat_quantize"
 
 
-class _Walk:
-    """Steps up from a ``FlatQuantize`` and keeps the nodes passed."""
-
-    def __init__(self, flat: ir.Node, dtype: ir.DataType) -> None:
-        self.graph = flat.graph
-        self.dtype = dtype
-        self.nodes = {flat}
-
-    def source(self, value: ir.Value | None) -> ir.Value | None:
-        """What stands behind casts to fp32 and back: they round to the activation's type at most, as the op does once."""
-        while value is not None and (node := self.producer(value, ("", "Cast"))) is not None:
-            if node.attributes.get_int("to", 0) not in (ir.DataType.FLOAT.value, self.dtype.value):
-                return value
-            before = node.inputs[0]
-            if before is None or before.dtype not in (ir.DataType.FLOAT, self.dtype):
-                return value
-            self.nodes.add(node)
-            value = before
-        return value
-
-    def producer(self, value: ir.Value | None, *kinds: tuple[str, str]) -> ir.Node | None:
-        """The node that makes ``value`` where it is of that kind and in the same graph."""
-        node = None if value is None else value.producer()
-        if node is None or node.graph is not self.graph or (node.domain, node.op_type) not in kinds:
-            return None
-        return node
-
-    def silu(self, value: ir.Value | None) -> ir.Value | None:
-        """What ``value`` is the SiLU of."""
-        value = self.source(value)
-        for kind, alpha in ((("com.microsoft", "QuickGelu"), 1.702), (("", "Swish"), 1.0)):
-            if (node := self.producer(value, kind)) is not None and node.attributes.get_float("alpha", alpha) == 1.0:
-                self.nodes.add(node)
-                return self.source(node.inputs[0])
-        product = self.producer(value, ("", "Mul"))
-        if product is None:
-            return None
-        for index in (0, 1):
-            passed = {*self.nodes}
-            gate = self.source(product.inputs[1 - index])
-            sigmoid = self.producer(self.source(product.inputs[index]), ("", "Sigmoid"))
-            if sigmoid is not None and gate is not None and self.source(sigmoid.inputs[0]) is gate:
-                self.nodes |= {product, sigmoid}
-                return gate
-            self.nodes = passed
+def _silu(walk: Walk, value: ir.Value | None) -> ir.Value | None:
+    """What ``value`` is the SiLU of."""
+    for kind, alpha in ((("com.microsoft", "QuickGelu"), 1.702), (("", "Swish"), 1.0)):
+        if (node := walk.step(value, kind)) is not None:
+            return walk.source(node.inputs[0]) if node.attributes.get_float("alpha", alpha) == 1.0 else None
+    product = walk.step(value, ("", "Mul"))
+    if product is None:
         return None
+    for index in (0, 1):
+        passed = {*walk.nodes}
+        gate, sigmoid = walk.source(product.inputs[1 - index]), walk.step(product.inputs[index], ("", "Sigmoid"))
+        if sigmoid is not None and gate is not None and walk.source(sigmoid.inputs[0]) is gate:
+            return gate
+        walk.nodes = passed
+    return None
 
 
 def _match(flat: ir.Node) -> _Gated | None:
     x = flat.inputs[0]
     if x is None or x.dtype not in FLOAT_TYPES:
         return None
-    walk = _Walk(flat, x.dtype)
-    h = walk.source(x)
-    product = walk.producer(h, ("", "Mul"))
+    walk = Walk(flat, x.dtype)
+    product = walk.step(x, ("", "Mul"))
     if product is None:
         return None
-    walk.nodes.add(product)
-    inverse = next((operand for operand in product.inputs if is_constant(operand)), None)
+    inverse, scaled = walk.constant_and_other(product)
     if inverse is not None:
-        h = walk.source(next((operand for operand in product.inputs if operand is not inverse), None))
-        product = walk.producer(h, ("", "Mul"))
+        product = walk.step(scaled, ("", "Mul"))
         if product is None:
             return None
-        walk.nodes.add(product)
     passed = {*walk.nodes}
     for index in (0, 1):
         walk.nodes = {*passed}
-        gate, up = walk.silu(product.inputs[index]), walk.source(product.inputs[1 - index])
-        split = walk.producer(gate, ("", "Split"))
-        if gate is None or up is None or split is None or not _halves(split, gate, up) or split.outputs[0].dtype != x.dtype:
+        gate, up = _silu(walk, product.inputs[index]), walk.source(product.inputs[1 - index])
+        split = walk.step(gate, ("", "Split"))
+        if gate is None or up is None or split is None or not _halves(split, gate, up) or gate.dtype != x.dtype:
             continue
-        nodes = frozenset({*walk.nodes, split})
-        if all(not y.is_graph_output() and nodes.issuperset(y.consumers()) for node in nodes - {flat} for y in node.outputs):
-            return _Gated(flat, split, split.outputs.index(gate), inverse, nodes)
+        if walk.is_closed():
+            return _Gated(flat, split, split.outputs.index(gate), inverse, frozenset(walk.nodes))
     return None
 
 

@@ -10,6 +10,7 @@ from onnx_ir.passes.common import CheckerPass, RemoveUnusedNodesPass
 
 from fqonnx.passes.fuse import Fuse, target_named
 from fqonnx.passes.fuse_activation import FuseActivation
+from fqonnx.passes.fuse_norm import FuseNorm
 from fqonnx.passes.quantize import Quantize
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def rewrite_passes(
         RemoveUnusedNodesPass(),
         Fuse(target_named(target)),
         FuseActivation(),
+        FuseNorm(),
         RemoveUnusedNodesPass(),
     )
 
