@@ -8,7 +8,7 @@
 // that one's products run beside another's epilogue. Where n1 <= 32 a team works on two rows at once: X is then one above the other and
 // left^T stands twice on the diagonal.
 //
-// Where T is not finite or very small it is computed again, with care: Z may have left fp16's range, or the other row may hold the NaN.
+// Where a row of T is not finite it is computed again, with care: Z may have left fp16's range, or the other row may hold the NaN.
 //
 // A norm or a gate in front is applied to the row in shared memory.
 #include <cuda_bf16.h>
@@ -28,15 +28,14 @@ using namespace sm90;
 
 constexpr int kWarp = 32;
 constexpr int kWarpgroup = 128;
-constexpr int kTile = 64;                // rows of a warpgroup's product, and columns of a box of x
-constexpr int kBoxRow = 2 * kTile;       // bytes
-constexpr int kMostStages = 24;          // rows of x in flight
+constexpr int kTile = 64;               // rows of a warpgroup's product, and columns of a box of x
+constexpr int kBoxRow = 2 * kTile;      // bytes
+constexpr int kMostStages = 24;         // rows of x in flight
 constexpr int kMostWarps = 16;
 constexpr int kMostTeams = 4;
-constexpr int kTeamBarrier = 1;          // the first of the named barriers of teams
-constexpr int kAlignment = 1024;         // of what the copy engine swizzles
-constexpr int kLower = -12, kLift = 14;  // exponents of what Z is multiplied by where it is too large or too small for fp16
-constexpr uint32_t kSmall = 0x3A800000;  // 2^-10, as bits: below it, parts of Z may lose digits
+constexpr int kTeamBarrier = 1;         // the first of the named barriers of teams
+constexpr int kAlignment = 1024;        // of what the copy engine swizzles
+constexpr float kCare = 1.0f / 4096;    // what Z is multiplied by where it was too large
 constexpr uint32_t kAllLanes = 0xFFFFFFFF;
 
 struct Problem {
@@ -230,7 +229,6 @@ __device__ __forceinline__ void store_factors(uint8_t* to_left, uint8_t* to_righ
 
   Eight<Factor> chunks[kLeftTasks];
   const bool vectors = n1 % 8 == 0 && reinterpret_cast<uintptr_t>(left) % 16 == 0;
-  const bool right_vectors = reinterpret_cast<uintptr_t>(right) % 16 == 0;
 #pragma unroll
   for (int i = 0; i < kLeftTasks; ++i) {
     const int task = threadIdx.x + i * S::kThreads, k = task / kChunks, m = task % kChunks * 8;
@@ -248,13 +246,7 @@ __device__ __forceinline__ void store_factors(uint8_t* to_left, uint8_t* to_righ
     for (int j = 0; j < kTogether; ++j) {
       const int task = threadIdx.x + (first + j) * S::kThreads, k = task / kEights * 8, column = task % kEights * 8;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const bool inside = k < n2 && column < n2;  // n2 is a multiple of 16
-        if (right_vectors)
-          rows[j][i].load(right + (k + i) * n2 + column, inside);
-        else
-          rows[j][i].load_some(right + (k + i) * n2 + column, inside ? 8 : 0);
-      }
+      for (int i = 0; i < 8; ++i) rows[j][i].load(right + (k + i) * n2 + column, k < n2 && column < n2);  // n2 is a multiple of 16
     }
     if (first == 0) {
       then();
@@ -504,20 +496,6 @@ __device__ __forceinline__ void apply_norm(uint8_t* stage, const Problem& proble
 template <typename S, PrologueKind kKind>
 constexpr int kStageBytesOf = kKind == PrologueKind::kNone ? S::kStageBytes : 2 * S::kStageBytes;
 
-// One of the rows' values, without indexing registers.
-template <typename Value, int kRows>
-__device__ __forceinline__ Value of_row(const Value (&values)[kRows], int row) {
-  return kRows == 1 || row == 0 ? values[0] : values[kRows - 1];
-}
-
-// The exponent of what Z is to be multiplied by, given the one that it was and the largest magnitude of T that came of it, as bits.
-template <bool kHalf>
-__device__ __forceinline__ int next_lift(int lift, uint32_t largest, int attempt) {
-  if (largest >= 0x7F800000) return lift > 0 ? 0 : lift + kLower;
-  if (kHalf && attempt == 0 && largest < kSmall) return kLift;
-  return lift;
-}
-
 // Sets the rows of x in a stage that hold NaN or Inf to zero and returns which they were; all threads of the team call it.
 template <typename S>
 __device__ __forceinline__ uint32_t clear_not_finite(uint8_t* stage, uint32_t (&not_finite)[2], uint32_t exponent_mask, int team) {
@@ -642,9 +620,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const uint64_t right_descriptor = descriptor_plain(shared_address(right), S::kN2 / 8 * 128, 128);
 
   int stage = team, phase = 0, parity = 0;
-  int attempt = 0;          // at this turn's rows
-  int lift[S::kRows] = {};  // the exponent of what Z is multiplied by before it is rounded, for each of the rows at once
-  uint32_t not_finite = 0;  // a bit for each of them that holds NaN or Inf, known from the second attempt on
+  int attempt = 0;          // at this turn's rows: where T is not finite, Z may have been too large for fp16
+  uint32_t not_finite = 0;  // a bit for each of the rows at once that holds NaN or Inf, known from the second attempt on
 #pragma unroll 1
   for (int turn = team; turn < turns;) {
     while (stage >= problem.stages) stage -= problem.stages, phase ^= 1;
@@ -677,10 +654,10 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     settle(z);
 
     // Unconditional where left is in registers: with a branch here, the compiler (13.0) gives them away after this product.
+    const float down = attempt == 0 ? 1.0f : attempt == 1 ? kCare : kCare * kCare;
     if (S::kLeftInRegisters || attempt > 0) {
-      const float factor = power_of_two(of_row(lift, part));
 #pragma unroll
-      for (int i = 0; i < kRegisters; ++i) z[i] *= factor;
+      for (int i = 0; i < kRegisters; ++i) z[i] *= down;
     }
     uint32_t rounded[S::kRightSteps][4];
 #pragma unroll
@@ -705,35 +682,27 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         warp_largest(__float_as_uint(larger_magnitude(larger_magnitude(most[0], most[1]), larger_magnitude(most[2], most[3]))));
     if (lane == 0) shared.largest[parity][team][warp] = warps_largest;
     named_barrier(kTeamBarrier + team, S::kTeamThreads);
-    uint32_t largest[S::kRows] = {};
+    uint32_t largest = 0, teams_largest = 0;
 #pragma unroll
-    for (int w = 0; w < S::kTeamWarps; ++w) largest[w / S::kRowWarps] = max(largest[w / S::kRowWarps], shared.largest[parity][team][w]);
+    for (int w = 0; w < S::kTeamWarps; ++w) {
+      const uint32_t value = shared.largest[parity][team][w];
+      teams_largest = max(teams_largest, value);
+      if (S::kRows > 1 && w / S::kRowWarps == part) largest = max(largest, value);
+    }
+    if (S::kRows == 1) largest = teams_largest;
     parity ^= 1;
-    if (attempt < 2) {
-      bool again = false, infinite = false;
-#pragma unroll
-      for (int r = 0; r < S::kRows; ++r) {
-        const int next = next_lift<kHalf>(lift[r], largest[r], attempt);
-        again |= next != lift[r];
-        infinite |= largest[r] >= kInfinity;
-        lift[r] = next;
-      }
-      if (again) {
-        if (S::kRows > 1 && attempt == 0 && infinite) {
-          not_finite = clear_not_finite<S>(x_stage, shared.not_finite[team], kHalf ? 0x7C007C00 : 0x7F807F80, team);
-#pragma unroll
-          for (int r = 0; r < S::kRows; ++r) lift[r] = not_finite != 0 ? 0 : lift[r];  // of one that was infinite for another's sake
-        }
-        ++attempt;
-        continue;
-      }
+    if (teams_largest >= kInfinity && attempt < 2) {
+      if (S::kRows > 1 && attempt == 0)
+        not_finite = clear_not_finite<S>(x_stage, shared.not_finite[team], kHalf ? 0x7C007C00 : 0x7F807F80, team);
+      ++attempt;
+      continue;
     }
     if (leads && turn + problem.stages < turns) fetch(turn + problem.stages, stage);
-    const uint32_t bits = not_finite >> part & 1 ? 0x7FC00000 : of_row(largest, part);
+    if (not_finite >> part & 1) largest = 0x7FC00000;
 
     // step < FLT_MIN just where the product it is the quotient of is below FLT_MIN qmax; the codes need no exact quotient.
-    const float of_t = power * power_of_two(-of_row(lift, part));  // what T was divided by
-    const float product = __fmul_rn(__uint_as_float(bits) * of_t, clip);
+    const float of_t = power * (attempt == 0 ? 1.0f : attempt == 1 ? 1 / kCare : 1 / kCare / kCare);  // what T was divided by
+    const float product = __fmul_rn(__uint_as_float(largest) * of_t, clip);
     const bool zero = product < least;
     rounding.multiplier = zero ? 0.0f : reciprocal(0.25f * product) * problem.quarter_of_level * of_t;
     const int64_t index = int64_t(group_of(turn)) * S::kRows + part;
@@ -753,8 +722,6 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     stage += S::kTeams;
     attempt = 0;
     not_finite = 0;
-#pragma unroll
-    for (int r = 0; r < S::kRows; ++r) lift[r] = 0;
   }
 }
 
@@ -807,6 +774,7 @@ const char* fits(const fq_flat_quantize_params& params, const Prologue& prologue
   if (params.k != int64_t(params.n1) * params.n2) return "takes one block: k = n1 n2";
   if (params.rows > INT32_MAX - 65536) return "takes fewer rows";
   if (params.variant == 0 && params.rows < kFewestRows) return "is for 64 rows or more (name it to have it for fewer)";
+  if (reinterpret_cast<uintptr_t>(params.right) % 16 != 0) return "takes right at a multiple of 16 bytes";
   if (device.shared_memory < kSharedMemory) return "needs the shared memory of compute capability 9.0";
   return nullptr;
 }
