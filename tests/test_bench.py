@@ -255,7 +255,8 @@ def test_real_shapes_have_the_linears_that_kernels_are_made_for() -> None:
 def test_a_built_decoder_has_every_linear_in_four_bits(built: Path, stacks: dict[str, Path]) -> None:
     proto = onnx.load(built / "model.onnx")
     counts = Counter(node.op_type for node in proto.graph.node)
-    expected_counts = {"FlatQuantize": 6, "SiluMulFlatQuantize": 2, "W4A4Gemm": 8, "GroupQueryAttention": 2}
+    fused = {"RmsNormFlatQuantize": 1, "AddRmsNormFlatQuantize": 3, "SiluMulFlatQuantize": 2}
+    expected_counts = {"FlatQuantize": 2, **fused, "W4A4Gemm": 8, "GroupQueryAttention": 2, "SkipSimplifiedLayerNormalization": 1}
     assert {op: count for op, count in counts.items() if op in expected_counts} == expected_counts
     assert not counts.keys() & {"MatMul", "Split", "Sigmoid"}
     reference, quantized = (run_session(session(path), feeds(9)) for path in (stacks["onnxruntime"], built / "model.onnx"))

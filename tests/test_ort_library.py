@@ -18,12 +18,12 @@ from onnx import TensorProto, helper, numpy_helper
 from fqonnx.engines import onnxruntime as engine
 from fqonnx.errors import EngineError
 from fqonnx.ops import DOMAIN, add_functions, silu_mul_flat_quantize_node
-from fqonnx.ops.reference import flat_quantize, silu_mul, unpack_rows, w4a4_gemm
+from fqonnx.ops.reference import flat_quantize, rms_norm, silu_mul, unpack_rows, w4a4_gemm
 from fqonnx.passes.fuse import target_named
 from fqonnx.passes.pipeline import quantize_model
 from fqonnx.plugins import library
 from fqonnx.recipe import SCHEMES, Recipe
-from tests.ops_graphs import cast, constant, empty_model
+from tests.ops_graphs import cast, constant, empty_model, rms_norm_model
 from tests.rewriting import NUMPY, Builder, feed, found, matrix, mlp, qkv, run, solve
 
 if TYPE_CHECKING:
@@ -255,11 +255,18 @@ def check_nodes(model: ir.Model, arrays: Mapping[str, Any], dtype: int) -> None:
     for node in nodes:
         given = [v.const_value.numpy() if v.const_value is not None else ran[v.name or ""] for v in node.inputs if v is not None]
         got = [ran[value.name or ""] for value in node.outputs]
-        if node.op_type in ("FlatQuantize", "SiluMulFlatQuantize"):
+        if node.op_type.endswith("FlatQuantize"):
             bits, packed = node.attributes["bits"].as_int(), bool(node.attributes["packed"].as_int())
-            x, left, right, clip = given
+            *prologue, left, right, clip = given
+            x, *others = (value.astype(NUMPY[dtype]) for value in prologue)
             if node.op_type == "SiluMulFlatQuantize":
-                x = silu_mul(x.astype(NUMPY[dtype]), gate=node.attributes["gate"].as_int())
+                x = silu_mul(x, gate=node.attributes["gate"].as_int())
+            elif others:
+                *residual, gamma = others
+                if residual:
+                    x = (x.astype(np.float32) + residual[0].astype(np.float32)).astype(NUMPY[dtype])
+                    np.testing.assert_array_equal(got[2], x.astype(got[2].dtype), err_msg=node.name)
+                x = rms_norm(x, gamma, epsilon=node.attributes["epsilon"].as_float())
             codes, scale = flat_quantize(x, left, right, float(clip), bits=bits)
             q = unpack_rows(got[0]) if packed else got[0]
             np.testing.assert_allclose(got[1], scale, rtol=eps, err_msg=node.name)
@@ -369,11 +376,13 @@ def test_every_node_ran_in_a_kernel(gpu: str, tmp_path: Path) -> None:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
     )
     assert {key: count for key, count in ran.items() if key[0].endswith(("FlatQuantize", "W4A4Gemm"))} == {
-        ("FlatQuantize", "CUDAExecutionProvider"): 6,
+        ("FlatQuantize", "CUDAExecutionProvider"): 2,
+        ("RmsNormFlatQuantize", "CUDAExecutionProvider"): 1,
+        ("AddRmsNormFlatQuantize", "CUDAExecutionProvider"): 3,
         ("SiluMulFlatQuantize", "CUDAExecutionProvider"): 2,
         ("W4A4Gemm", "CUDAExecutionProvider"): 8,
     }
-    assert "Sigmoid" not in {op for op, _ in ran}
+    assert not {op for op, _ in ran} & {"Sigmoid", "Sqrt", "ReduceMean", "SimplifiedLayerNormalization"}
     assert not any(op in ("DequantizeLinear", "Round") for op, _ in ran), "a body was inlined"
 
 
@@ -450,6 +459,45 @@ def test_gated_activations(gpu: str, dtype: int, inner: int, rows: int, up_first
     model.graph.outputs.extend(node.outputs)
     add_functions(model)
     check_nodes(model, {"x": (3 * rng.standard_normal((rows, 2 * inner))).astype(np.float32)}, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("residual", [False, True], ids=["norm", "sum"])
+@pytest.mark.parametrize("rows", [0, 1, 5, 200])
+@pytest.mark.parametrize("width", [4096, 512, 90, 33])
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=["fp32", "fp16", "bf16"])
+def test_norms(gpu: str, dtype: int, width: int, rows: int, residual: bool) -> None:
+    rng = np.random.default_rng(width + rows)
+    n1 = next(n for n in range(int(width**0.5), 0, -1) if width % n == 0)
+    left, right = (matrix(rng, n) for n in (n1, width // n1))
+    gamma = (1 + 0.3 * rng.standard_normal(width)).astype(np.float32)
+    model = rms_norm_model(gamma, left, right, 0.9, dtype=ir.DataType(dtype), residual=residual, packed=width % 2 == 0)
+    arrays = {name: (3 * rng.standard_normal((rows, width))).astype(np.float32) for name in ("x", "residual")[: 1 + residual]}
+    check_nodes(model, arrays, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("gamma", (63,), r"AddRmsNormFlatQuantize: gamma \[63\] does not fit rows of \[2, 64\]"),
+        ("residual", (1, 64), r"AddRmsNormFlatQuantize: residual \[1, 64\] does not fit \[2, 64\]"),
+    ],
+)
+def test_a_norm_whose_operands_do_not_fit(gpu: str, name: str, shape: tuple[int, ...], message: str) -> None:
+    model = ir.to_proto(rms_norm_model(np.ones(64, np.float32), np.eye(8), np.eye(8), 0.9, residual=True))
+    arrays = {"x": np.ones((2, 64), np.float32), "residual": np.ones((2, 64), np.float32)}
+    if name == "gamma":
+        (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == "gamma")
+        tensor.CopyFrom(numpy_helper.from_array(np.ones(shape, np.float32), "gamma"))
+    else:
+        arrays[name] = np.ones(shape, np.float32)
+        del model.graph.input[1].type.tensor_type.shape.dim[:]
+        for _ in shape:
+            model.graph.input[1].type.tensor_type.shape.dim.add()
+    session = engine.session(model.SerializeToString(), device="cuda")
+    with pytest.raises(EngineError, match=message):
+        engine.run(session, arrays)
 
 
 @pytest.mark.gpu

@@ -216,6 +216,11 @@ class Node {
     return present(api_.KernelInfoGetAttribute_int64(info_, name, &value)) ? value : otherwise;
   }
 
+  float number(const char* name, float otherwise) const {
+    float value = 0;
+    return present(api_.KernelInfoGetAttribute_float(info_, name, &value)) ? value : otherwise;
+  }
+
   std::string string(const char* name, const char* otherwise) const {
     size_t size = 0;
     if (!present(api_.KernelInfoGetAttribute_string(info_, name, nullptr, &size))) return otherwise;
@@ -484,6 +489,50 @@ class SiluMulFlatQuantize {
   bool gate_is_second_;
 };
 
+enum RmsNormInput : size_t { kNormed, kGamma, kRmsNormFactors };
+enum AddRmsNormInput : size_t { kSummand, kResidual, kAddGamma, kAddRmsNormFactors };
+constexpr size_t kSumOutput = 2;
+
+// RmsNormFlatQuantize, and with the sum before it AddRmsNormFlatQuantize.
+template <bool kAdds>
+class RmsNormFlatQuantize {
+ public:
+  static constexpr const char* kName = kAdds ? "AddRmsNormFlatQuantize" : "RmsNormFlatQuantize";
+
+  RmsNormFlatQuantize(const OrtApi& api, const OrtKernelInfo* info, int32_t dtype)
+      : api_(api),
+        quantizer_(api, info, kName, dtype, kAdds ? size_t{kAddRmsNormFactors} : size_t{kRmsNormFactors}),
+        epsilon_(Node(api, info).number("epsilon", 1e-5f)) {}
+
+  void compute(OrtKernelContext* context) const {
+    const Call call(api_, context);
+    constexpr size_t gamma_input = kAdds ? size_t{kAddGamma} : size_t{kGamma};
+    const Shape x = shape_of(api_, call.input(0)), gamma = shape_of(api_, call.input(gamma_input));
+    if (x.empty() || gamma != Shape{x.back()}) {
+      throw Failure(std::string(kName) + ": gamma " + text(gamma) + " does not fit rows of " + text(x));
+    }
+    fq_rms_norm_params norm{};
+    if constexpr (kAdds) {
+      const Shape residual = shape_of(api_, call.input(kResidual));
+      if (residual != x) throw Failure(std::string(kName) + ": residual " + text(residual) + " does not fit " + text(x));
+      norm.residual = call.data<void>(kResidual);
+      norm.sum = call.output<void>(kSumOutput, x);
+    }
+    norm.gamma = call.data<void>(gamma_input);
+    norm.epsilon = epsilon_;
+    fq_flat_quantize_params params = quantizer_.prepare(call, x);
+    if (params.rows == 0) return;
+    const AlignedRows aligned(call, 0, params.rows, params.k * quantizer_.element_size());
+    quantizer_.set_x(&params, aligned);
+    check(fq_rms_norm_flat_quantize(&params, &norm, call.stream()), kName);
+  }
+
+ private:
+  const OrtApi& api_;
+  Quantizer quantizer_;
+  float epsilon_;
+};
+
 // --- W4A4Gemm -------------------------------------------------------------------------------------------------------------------------
 
 enum W4A4GemmInput : size_t { kQ, kScale, kW, kWScale, kBias, kW4A4GemmInputs };
@@ -615,6 +664,14 @@ class Inference {
     return dims;
   }
 
+  ONNXTensorElementDataType input_type(size_t index) const {
+    OrtTensorTypeAndShapeInfo* info = nullptr;  // the context's
+    ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+    check(api_, api_.ShapeInferContext_GetInputTypeShape(context_, index, &info));
+    check(api_, api_.GetTensorElementType(info, &type));
+    return type;
+  }
+
   int64_t integer(const char* name, int64_t otherwise) const {
     const OrtOpAttr* attribute = nullptr;
     int64_t value = 0;
@@ -657,9 +714,16 @@ void infer_quantized(const Inference& inference, std::vector<Dim> dims) {
   inference.output(1, scale, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
 }
 
-void infer_flat_quantize(const Inference& inference) {
+void infer_flat_quantize(const Inference& inference) {  // and RmsNormFlatQuantize, whose first input is quantized too
   const std::vector<Dim> dims = inference.input(kX);
   if (!dims.empty()) infer_quantized(inference, dims);
+}
+
+void infer_add_rms_norm_flat_quantize(const Inference& inference) {
+  const std::vector<Dim> dims = inference.input(kSummand);
+  if (dims.empty()) return;
+  infer_quantized(inference, dims);
+  inference.output(kSumOutput, dims, inference.input_type(kSummand));
 }
 
 void infer_silu_mul_flat_quantize(const Inference& inference) {
@@ -744,6 +808,10 @@ struct Registration {
       add(api, signature<FlatQuantize>(api, "FlatQuantize", dtype, {x, kFloat, kFloat, kFloat}, {kInt8, kFloat}, infer_flat_quantize));
       add(api, signature<SiluMulFlatQuantize>(api, "SiluMulFlatQuantize", dtype, {x, kFloat, kFloat, kFloat}, {kInt8, kFloat},
                                               infer_silu_mul_flat_quantize));
+      add(api, signature<RmsNormFlatQuantize<false>>(api, RmsNormFlatQuantize<false>::kName, dtype, {x, x, kFloat, kFloat, kFloat},
+                                                     {kInt8, kFloat}, infer_flat_quantize));
+      add(api, signature<RmsNormFlatQuantize<true>>(api, RmsNormFlatQuantize<true>::kName, dtype, {x, x, x, kFloat, kFloat, kFloat},
+                                                    {kInt8, kFloat, x}, infer_add_rms_norm_flat_quantize));
     }
     // Signatures that differ in the output alone would be told apart by their order: the first one's type would be inferred for all.
     add(api, signature<W4A4Gemm>(api, "W4A4Gemm", 0, {kInt8, kFloat, kInt4, kFloat, kFloat}, {kByAttribute}, infer_w4a4_gemm));
