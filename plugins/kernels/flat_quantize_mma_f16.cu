@@ -20,10 +20,10 @@ namespace fq {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int kMaxTeams = 16;
-constexpr int kSlots = 2 * kWarp * sizeof(float);  // bytes of shared memory through which a team exchanges values
+constexpr int kMaxTeams = 12;
+constexpr int kExchange = 2 * kWarp;                 // values that a team exchanges at a time, twice
+constexpr int kSlots = 2 * kExchange * sizeof(float);  // bytes of shared memory of a team, with what its warps keep
 constexpr int kVector = 8;                 // elements that are handled together where n2 allows
-constexpr int kSlice = 64;                 // lines of x that are in shared memory at once where the factors are not
 constexpr float kSmallestScale = 0x1p-126f;
 constexpr float kRound = 0x1.8p23f;        // v + kRound has round_half_even(v) in its low bits
 constexpr unsigned kFull = 0xffffffffu;
@@ -56,19 +56,27 @@ struct Plan {
   int rounds, passes;    // 1 pass: t stays in registers; 2: once for the row's maximum, once for its codes
   int stages;            // of x in shared memory
   int n1_padded, left_pitch;
+  uint32_t team_magic;    // divides by team_warps
   uint32_t chunks_magic;  // divides by the vectors (or elements) of n2
   uint32_t left_magic, right_magic;  // divide by the vectors of a factor's row
   bool asynchronous, vector;
   int left_bytes, right_bytes, stage_bytes, codes_bytes;  // parts of shared memory; one plane of left and right, one stage of all planes
 };
 
-// Keeps the compiler from computing what depends on `value` before a loop: registers are what a strip is made of.
-__device__ __forceinline__ void hide(int& value) { asm volatile("" : "+r"(value)); }
+// threadIdx.x, read anew wherever it is asked for: the compiler does not keep what follows from it in registers, which a strip is made of.
+__device__ __forceinline__ int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
 
 // ---- numbers ----
 
 template <typename X>
 constexpr int kPlanes = std::is_same<X, float>::value ? 2 : 1;
+
+// Lines of x that are in shared memory at once where the factors are not, in all planes.
+constexpr int kSliceLines = 64;
 
 template <typename X>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
@@ -213,9 +221,9 @@ struct Coder {
 };
 
 // `unit` is what t's values are multiples of.
-__device__ __forceinline__ Coder make_coder(const Problem& p, RowScale scale, float unit) {
+__device__ __forceinline__ Coder make_coder(const Problem& p, float reciprocal, float unit) {
   const float range = 2.0f * p.qmax + 1.0f;
-  return {scale.reciprocal * unit * p.inverse_range, (p.qmax + 1.0f) * p.inverse_range, range, kRound - p.qmax - 1.0f};
+  return {reciprocal * unit * p.inverse_range, (p.qmax + 1.0f) * p.inverse_range, range, kRound - p.qmax - 1.0f};
 }
 
 __device__ __forceinline__ uint32_t four_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
@@ -293,6 +301,10 @@ __device__ __forceinline__ float inverse_root(const Problem& p, float squares) {
 
 // ---- teams of warps ----
 
+struct Kept {
+  float inverse_rms, largest, reciprocal, y_unit;  // of the row; of what was seen of it; 1 / its scale; what Y's values are multiples of
+};
+
 struct Team {
   int index, warps, member;
   float* slots;
@@ -318,6 +330,9 @@ struct Team {
     sync();
     return lane < warps ? slots[parity + lane] : 0.0f;
   }
+
+  // What this warp keeps from strip to strip.
+  __device__ __forceinline__ volatile Kept& kept() const { return reinterpret_cast<Kept*>(slots + kExchange)[member]; }
 
   __device__ __forceinline__ float max(float magnitude) { return warp_max(exchange(warp_max(magnitude))); }
   __device__ __forceinline__ float sum(float value) { return warp_sum(exchange(warp_sum(value))); }
@@ -473,10 +488,9 @@ __device__ __forceinline__ void copy_rows(const Problem& p, const Plan& plan, co
 }
 
 // Fills a stage through registers, for prologues, fp32 and odd sizes: `lines` lines of the row's count x n1, from `first_line` on.
-template <typename X, int kCount>
+template <typename X, int kCount, int kBatch>
 __device__ __forceinline__ void fill_rows(const Problem& p, const Plan& plan, const Team& team, int row, int first_line, int lines, int pitch,
                                           float inverse_rms, bool write, unsigned char* stage) {
-  constexpr int kBatch = kCount == 1 ? 1 : std::is_same<X, float>::value ? 2 : 4;
   const int units = lines * p.n2 / kCount, threads = team.warps * kWarp, plane = plan.stage_bytes / kPlanes<X>;
 #pragma unroll 1
   for (int begin = team.member * kWarp + threadIdx.x % kWarp; begin < units; begin += kBatch * threads) {
@@ -507,13 +521,13 @@ __device__ __forceinline__ void fill_rows(const Problem& p, const Plan& plan, co
   }
 }
 
-template <typename X>
+template <typename X, int kBatch>
 __device__ __forceinline__ void fill(const Problem& p, const Plan& plan, const Team& team, int row, int first_line, int lines, int pitch, float inverse_rms,
                                      bool write, unsigned char* stage) {
   if (plan.vector) {
-    fill_rows<X, kVector>(p, plan, team, row, first_line, lines, pitch, inverse_rms, write, stage);
+    fill_rows<X, kVector, kBatch>(p, plan, team, row, first_line, lines, pitch, inverse_rms, write, stage);
   } else {
-    fill_rows<X, 1>(p, plan, team, row, first_line, lines, pitch, inverse_rms, write, stage);
+    fill_rows<X, 1, 1>(p, plan, team, row, first_line, lines, pitch, inverse_rms, write, stage);
   }
 }
 
@@ -542,19 +556,19 @@ __device__ __forceinline__ void fetch_left(const Problem& p, int first_row, int 
 template <typename X>
 __device__ __forceinline__ void fetch_right(const Problem& p, bool vector, int k, int first_column, uint32_t (&b)[kGroup][kPlanes<X>][2]) {
   const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
-  uint32_t lines[4][kPlanes<X>][kVector / 2];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    float values[kVector];
-    load_factor<X>(p, p.right, p.n2, vector, k + 2 * t + i % 2 + i / 2 * 8, first_column + kVector * g, values);
-    split<X>(values, lines[i]);
+  for (int i = 0; i < 2; ++i) {
+    float first[kVector], second[kVector];
+    load_factor<X>(p, p.right, p.n2, vector, k + 8 * i + 2 * t, first_column + kVector * g, first);
+    load_factor<X>(p, p.right, p.n2, vector, k + 8 * i + 2 * t + 1, first_column + kVector * g, second);
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) {
+      uint32_t words[kPlanes<X>];
+      split<X>(first[j], second[j], words);
+#pragma unroll
+      for (int part = 0; part < kPlanes<X>; ++part) b[j][part][i] = words[part];
+    }
   }
-#pragma unroll
-  for (int j = 0; j < kGroup; ++j)
-#pragma unroll
-    for (int part = 0; part < kPlanes<X>; ++part)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) b[j][part][i] = __byte_perm(lines[2 * i][part][j / 2], lines[2 * i + 1][part][j / 2], j % 2 == 0 ? 0x5410 : 0x7632);
 }
 
 // ---- the transform ----
@@ -643,38 +657,49 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __g
   constexpr int kCodesPitch = kTilesN * 8 + 16;
   constexpr int kPart = kTilesN / kParts;
   constexpr int kStripRows = 16 * kTilesM;
+  constexpr int kSlice = kSliceLines / kPlanes<X>;
   static_assert(kPart % kGroup == 0, "a group of tiles is computed together");
   extern __shared__ __align__(16) unsigned char memory[];
 
-  const int warp = threadIdx.x / kWarp;
+  static_assert(kWarps <= kMaxTeams && kWarps * sizeof(Kept) <= kSlots - kExchange * sizeof(float), "a team's shared memory");
   unsigned char* left = memory + kMaxTeams * kSlots;
   unsigned char* right = left + kPlanes<X> * plan.left_bytes;
   unsigned char* stages = right + kPlanes<X> * plan.right_bytes;
 
-  Team team = {warp / plan.team_warps, plan.team_warps, warp % plan.team_warps, reinterpret_cast<float*>(memory + warp / plan.team_warps * kSlots)};
+  Team team = {};
+  int lane = 0;
+  const auto find_place = [&](uint32_t zero) {
+    const int thread = thread_index() + static_cast<int>(zero), warp = thread / kWarp;
+    lane = thread % kWarp;
+    team.index = divide(warp, plan.team_magic);
+    team.warps = plan.team_warps;
+    team.member = warp - team.index * plan.team_warps;
+    team.slots = reinterpret_cast<float*>(memory + team.index * kSlots);
+  };
+  find_place(0);
   const bool idle = team.index >= plan.teams;  // helps with the factors only
-  unsigned char* stage = stages + team.index * plan.stages * plan.stage_bytes;
-  unsigned char* codes = stages + plan.teams * plan.stages * plan.stage_bytes + team.index * plan.codes_bytes;
-  unsigned char* own_codes = codes + team.member * kStripRows * kCodesPitch;
-  const uint32_t stages_from = to_shared(stage);
-  const int row_step = gridDim.x * plan.teams, first_row = blockIdx.x * plan.teams + team.index;
+  const auto stage_of_team = [&] { return stages + team.index * plan.stages * plan.stage_bytes; };
+  const auto codes_of_team = [&] { return stages + plan.teams * plan.stages * plan.stage_bytes + team.index * plan.codes_bytes; };
+  const int first_row = blockIdx.x * plan.teams + team.index;
 
   // A round of a pass over a row.
   struct Item {
-    int row, pass, round;
+    int row, step;
+
+    __device__ __forceinline__ int pass(const Plan& plan) const { return step < plan.rounds ? 0 : 1; }
+    __device__ __forceinline__ int round(const Plan& plan) const { return step < plan.rounds ? step : step - plan.rounds; }
   };
   const auto advance = [&](Item& item) {
-    if (++item.round < plan.rounds) return;
-    item.round = 0;
-    if (++item.pass < plan.passes) return;
-    item.pass = 0;
-    item.row += row_step;
+    if (++item.step < plan.rounds * plan.passes) return;
+    item.step = 0;
+    item.row += gridDim.x * plan.teams;
   };
   const auto first_block = [&](int round) { return plan.rounds_per_block > 1 ? round / plan.rounds_per_block : round * plan.blocks_per_round; };
   const auto block_count = [&](int round) { return min(plan.blocks_per_round, p.blocks - first_block(round)); };
   const auto copy = [&](const Item& item, int place) {
     if (item.row < p.rows) {
-      copy_rows<kPitch>(p, plan, team, item.row, first_block(item.round) * p.n1, block_count(item.round) * p.n1, stages_from + place * plan.stage_bytes);
+      copy_rows<kPitch>(p, plan, team, item.row, first_block(item.round(plan)) * p.n1, block_count(item.round(plan)) * p.n1,
+                        to_shared(stage_of_team()) + place * plan.stage_bytes);
     } else {
       commit_copies();
     }
@@ -694,25 +719,23 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __g
   }
   if constexpr (!kDirect) {
     if (plan.asynchronous && !idle)
-      for (int i = 0; i < max(plan.stages - 1, 1); ++i) copy_ahead({first_row, 0, 0}, 0, i);
+      for (int i = 0; i < max(plan.stages - 1, 1); ++i) copy_ahead({first_row, 0}, 0, i);
     stage_factors<X>(p, plan, plan.strips * kStripRows, kTilesN * 8, kPitch, left, right);
     wait_for_copies<0>();
     __syncthreads();
   }
   if (idle) return;
 
-  float inverse_rms = 0.0f, largest = 0.0f;
-  RowScale scale = {};
+  team.kept().largest = 0.0f;
   int used = 0;  // stage that is computed from
 
 #pragma unroll 1
-  for (Item item = {first_row, 0, 0}; item.row < p.rows; advance(item)) {
-    int lane = threadIdx.x % kWarp;
-    hide(lane);
-    hide(team.member);
-    hide(team.index);
-    const int block0 = first_block(item.round);
-    if (p.kind == PrologueKind::kRmsNorm && item.pass == 0 && item.round == 0) inverse_rms = find_inverse_rms<X>(p, item.row, plan.vector, &team);
+  for (Item item = {first_row, 0}; item.row < p.rows; advance(item)) {
+    find_place(0);
+    const int block0 = first_block(item.round(plan));
+    if (p.kind == PrologueKind::kRmsNorm && item.pass(plan) == 0 && item.round(plan) == 0)
+      team.kept().inverse_rms = find_inverse_rms<X>(p, item.row, plan.vector, &team);
+    const float inverse_rms = team.kept().inverse_rms;
     if constexpr (!kDirect) {
       if (plan.asynchronous) {
         if (plan.stages == 3) {
@@ -724,28 +747,29 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __g
         if (plan.stages > 1) copy_ahead(item, used, plan.stages - 1);
       } else {
         team.sync();  // all are done with what the stage held
-        fill<X>(p, plan, team, item.row, block0 * p.n1, block_count(item.round) * p.n1, kPitch, inverse_rms, item.pass == 0, stage);
+        fill<X, std::is_same<X, float>::value ? 2 : 4>(p, plan, team, item.row, block0 * p.n1, block_count(item.round(plan)) * p.n1, kPitch, inverse_rms, item.pass(plan) == 0, stage_of_team());
         team.sync();
       }
     }
 
-    Strip strip;
-    if (plan.rounds_per_block > 1) {
-      const int index = item.round % plan.rounds_per_block * plan.team_warps + team.member;
-      strip = {block0, index * kStripRows, index < plan.strips};
-    } else {
-      strip = {block0 + team.member / plan.strips, team.member % plan.strips * kStripRows, false};
-      strip.active = strip.block < block0 + plan.blocks_per_round && strip.block < p.blocks;
-    }
+    const auto find_strip = [&]() -> Strip {
+      const int block0 = first_block(item.round(plan));
+      if (plan.rounds_per_block > 1) {
+        const int index = item.round(plan) % plan.rounds_per_block * plan.team_warps + team.member;
+        return {block0, index * kStripRows, index < plan.strips};
+      }
+      const int block = block0 + team.member / plan.strips;
+      return {block, team.member % plan.strips * kStripRows, block < block0 + plan.blocks_per_round && block < p.blocks};
+    };
+    const Strip strip = find_strip();
 
     // Y = L^T X, as operands of the second product.
     uint32_t y[kTilesM][kTilesN / 2][kPlanes<X>][4];
-    float y_unit = 1.0f;
     {
       float sums[kTilesM][kTilesN][4] = {};
       const int plane = plan.stage_bytes / kPlanes<X>;
       const uint32_t a_from = to_shared(left) + (lane % 8 + lane / 16 * 8) * plan.left_pitch + (strip.first_row + lane / 8 % 2 * 8) * 2;
-      const uint32_t b_from = stages_from + used * plan.stage_bytes + (strip.block - block0) * plan.n1_padded * kPitch + lane % 16 * kPitch + lane / 16 * 16;
+      const uint32_t b_from = to_shared(stage_of_team()) + used * plan.stage_bytes + (strip.block - block0) * plan.n1_padded * kPitch + lane % 16 * kPitch + lane / 16 * 16;
       int slice = 0;  // first line that the stage holds
 #pragma unroll 1
       for (int k = 0; k < plan.n1_padded; k += 16) {
@@ -754,13 +778,13 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __g
             slice = k;
             team.sync();
             const int lines = min(p.n1 - k, kSlice);
-            fill<X>(p, plan, team, item.row, block0 * p.n1 + k, lines, kPitch, inverse_rms, item.pass == 0, stage);
+            fill<X, 1>(p, plan, team, item.row, block0 * p.n1 + k, lines, kPitch, inverse_rms, item.pass(plan) == 0, stage_of_team());
             if (lines < kSlice && p.n1 > kSlice) {  // what is left of the slice before
               const int words = (plan.n1_padded - p.n1) * kPitch / 16;
 #pragma unroll
               for (int part = 0; part < kPlanes<X>; ++part)
                 for (int i = team.member * kWarp + lane; i < words; i += team.warps * kWarp)
-                  reinterpret_cast<uint4*>(stage + part * plane + lines * kPitch)[i] = make_uint4(0, 0, 0, 0);
+                  reinterpret_cast<uint4*>(stage_of_team() + part * plane + lines * kPitch)[i] = make_uint4(0, 0, 0, 0);
             }
             team.sync();
           }
@@ -788,15 +812,14 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __g
           }
         }
       }
-      float y_scale = 1.0f;
+      PowerOfTwo unit = {1.0f, 1.0f};
       if constexpr (std::is_same<X, __half>::value) {
         float magnitude = 0.0f;
 #pragma unroll
         for (int i = 0; i < kTilesM * kTilesN * 4; ++i) magnitude = max_or_nan(magnitude, fabsf((&sums[0][0][0])[i]));
-        const PowerOfTwo power = power_of_two<X>(warp_max(magnitude));
-        y_scale = power.inverse;
-        y_unit = power.value;
+        unit = power_of_two<X>(warp_max(magnitude));
       }
+      team.kept().y_unit = unit.value;
 #pragma unroll
       for (int i = 0; i < kTilesM; ++i)
 #pragma unroll
@@ -805,7 +828,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __g
           for (int word = 0; word < 4; ++word) {
             const float(&pair)[4] = sums[i][2 * j + word / 2];
             uint32_t words[kPlanes<X>];
-            split<X>(pair[word % 2 * 2] * y_scale, pair[word % 2 * 2 + 1] * y_scale, words);
+            split<X>(pair[word % 2 * 2] * unit.inverse, pair[word % 2 * 2 + 1] * unit.inverse, words);
 #pragma unroll
             for (int part = 0; part < kPlanes<X>; ++part) y[i][j][part][word] = words[part];
           }
@@ -817,9 +840,10 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __g
       }
     }
 
-    if (++used >= plan.stages) used = 0;
+    if constexpr (!kDirect) {
+      if (++used >= plan.stages) used = 0;
+    }
 
-    const bool last_round = item.round == plan.rounds - 1;
 #pragma unroll 1
     for (int part_index = 0; part_index < kParts; ++part_index) {
       // t = Y R
@@ -858,19 +882,24 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __g
         }
       }
 
-      if (item.pass == 0) {
+      find_place(__float_as_uint(max_or_nan(fabsf(t[0][0][0]), fabsf(t[0][0][1]))) >> 31);  // a magnitude's sign: not before t is there
+      const float y_unit = team.kept().y_unit;
+      if (item.pass(plan) == 0) {
         float magnitude = 0.0f;
 #pragma unroll
         for (int i = 0; i < kTilesM * kPart * 4; ++i) magnitude = max_or_nan(magnitude, fabsf((&t[0][0][0])[i]));
-        largest = max_or_nan(largest, magnitude * y_unit);
-        if (last_round && part_index == kParts - 1) {
-          scale = row_scale(team.max(largest), clip_of(p), p.qmax);
-          largest = 0.0f;
+        float largest = max_or_nan(team.kept().largest, warp_max(magnitude) * y_unit);
+        if (item.round(plan) == plan.rounds - 1 && part_index == kParts - 1) {
+          const RowScale scale = row_scale(team.max(largest), clip_of(p), p.qmax);
           if (team.member == 0 && lane == 0) p.scale[item.row] = scale.scale;
+          team.kept().reciprocal = scale.reciprocal;
+          largest = 0.0f;
         }
+        __syncwarp();  // all lanes have read it
+        team.kept().largest = largest;
       }
-      if (item.pass == plan.passes - 1) {
-        const Coder coder = make_coder(p, scale, y_unit);
+      if (item.pass(plan) == plan.passes - 1) {
+        const Coder coder = make_coder(p, team.kept().reciprocal, y_unit);
         uint32_t words[kTilesM][2][kPart / kGroup][4];
 #pragma unroll
         for (int i = 0; i < kTilesM; ++i)
@@ -889,12 +918,14 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __g
               for (int group = 0; group < kPart / kGroup; ++group)
                 function(16 * i + 8 * half + lane / 4, column + group * kGroupColumns, words[i][half][group]);
         };
+        const Strip place = find_strip();
         if (plan.codes_bytes > 0) {
+          unsigned char* own_codes = codes_of_team() + team.member * kStripRows * kCodesPitch;
           for_each([&](int line, int at, const uint32_t(&run)[4]) { store_16(own_codes + line * kCodesPitch + at, run); });
-        } else if (strip.active) {
-          const int from = strip.block * p.n1 + strip.first_row;
+        } else if (place.active) {
+          const int from = place.block * p.n1 + place.first_row;
           unsigned char* target = p.q + item.row * p.q_stride;
-          const int lines = p.n1 - strip.first_row;
+          const int lines = p.n1 - place.first_row;
           if (p.packed) {
             for_each([&](int line, int at, const uint32_t(&run)[4]) {
               if (line < lines && at < p.n2)
@@ -909,11 +940,11 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __g
       }
     }
 
-    if (plan.codes_bytes > 0 && item.pass == plan.passes - 1) {
-      const int line = plan.rounds_per_block > 1 ? item.round % plan.rounds_per_block * plan.team_warps * kStripRows : 0;
-      const int lines = plan.rounds_per_block > 1 ? min(plan.team_warps * kStripRows, p.n1 - line) : block_count(item.round) * p.n1;
+    if (plan.codes_bytes > 0 && item.pass(plan) == plan.passes - 1) {
+      const int line = plan.rounds_per_block > 1 ? item.round(plan) % plan.rounds_per_block * plan.team_warps * kStripRows : 0;
+      const int lines = plan.rounds_per_block > 1 ? min(plan.team_warps * kStripRows, p.n1 - line) : block_count(item.round(plan)) * p.n1;
       team.sync();
-      copy_codes<kStripRows, kCodesPitch>(p, plan, team, item.row, (block0 * p.n1 + line) * p.n2, lines * p.n2, codes);
+      copy_codes<kStripRows, kCodesPitch>(p, plan, team, item.row, (first_block(item.round(plan)) * p.n1 + line) * p.n2, lines * p.n2, codes_of_team());
       team.sync();
     }
   }
@@ -960,6 +991,15 @@ __device__ __forceinline__ void store_at(float* place, int block, float value) {
 #endif
 }
 
+// Has `count` values on their way to the L2 cache.
+template <typename X>
+__device__ __forceinline__ void prefetch(const void* values, int64_t first, int count) {
+  constexpr int kLine = 128;
+  const char* from = reinterpret_cast<const char*>(static_cast<const X*>(values) + first);
+  for (int at = threadIdx.x * kLine; at < count * static_cast<int>(sizeof(X)); at += kSplitWarps * kWarp * kLine)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
+}
+
 // Columns `first_column`.. of a factor of n x n, zeros outside it.
 template <typename X>
 __device__ __forceinline__ void stage_columns(const Problem& p, const void* factor, int n, int rows, int first_column, int columns, uint32_t magic, int pitch,
@@ -988,6 +1028,7 @@ __device__ __forceinline__ void stage_columns(const Problem& p, const void* fact
 
 template <typename X>
 __global__ void __launch_bounds__(kSplitWarps* kWarp) split_quantize(const __grid_constant__ Problem p, const __grid_constant__ Split plan) {
+  let_next_begin();
   constexpr int kThreads = kSplitWarps * kWarp;
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ __align__(16) unsigned char slots[kSlots];
@@ -1010,6 +1051,10 @@ __global__ void __launch_bounds__(kSplitWarps* kWarp) split_quantize(const __gri
     const uint16_t* source = static_cast<const uint16_t*>(p.x) + row * p.x_stride;
 #pragma unroll 4
     for (int unit = threadIdx.x; unit < units; unit += kThreads) copy_16(to_shared(place_of(unit)), source + unit * kVector, true);
+  } else {
+    prefetch<X>(p.x, row * p.x_stride, p.k);
+    if (p.second != nullptr) prefetch<X>(p.second, row * p.second_stride, p.k);
+    if (p.gamma != nullptr) prefetch<X>(p.gamma, 0, p.k);
   }
   stage_columns<X>(p, p.left, p.n1, plan.n1_padded, first_line, plan.strips * 16, plan.left_magic, plan.left_pitch, left);
   stage_columns<X>(p, p.right, p.n2, plan.n2_padded, 0, plan.n2_padded, plan.padded_magic, plan.pitch, right);
@@ -1144,7 +1189,7 @@ __global__ void __launch_bounds__(kSplitWarps* kWarp) split_quantize(const __gri
   }
   const RowScale scale = row_scale(largest, clip_of(p), p.qmax);
   if (rank == 0 && threadIdx.x == 0) p.scale[row] = scale.scale;
-  const Coder coder = make_coder(p, scale, unit_of_y.value);
+  const Coder coder = make_coder(p, scale.reciprocal, unit_of_y.value);
   unsigned char* target = p.q + row * p.q_stride;
 #pragma unroll
   for (int i = 0; i < kSplitItems; ++i) {
@@ -1209,13 +1254,13 @@ __device__ __forceinline__ void store_plain(const Problem& p, int row, int colum
 }
 
 template <typename X, int kCount>
-struct alignas(sizeof(X) * kCount < 16 ? sizeof(X) * kCount : 16) Kept {
+struct alignas(sizeof(X) * kCount < 16 ? sizeof(X) * kCount : 16) Vector {
   X values[kCount];
 };
 
 // The largest magnitude, NaN if there is one, found in pairs of 16 bits: as integers, they are ordered as numbers are, with NaN on top.
 template <typename X, int kCount, int kKept>
-__device__ __forceinline__ float largest_of(const Kept<X, kCount> (&kept)[kKept]) {
+__device__ __forceinline__ float largest_of(const Vector<X, kCount> (&kept)[kKept]) {
   uint32_t largest = 0;
 #pragma unroll
   for (int i = 0; i < kKept; ++i)
@@ -1228,9 +1273,9 @@ __device__ __forceinline__ float largest_of(const Kept<X, kCount> (&kept)[kKept]
 // A team of warps a row, kCount adjacent columns a thread: kVector, or 1 where k is no multiple of it. kKept of them stay in registers; rows
 // that are longer than these are read twice.
 template <typename X, int kCount>
-__global__ void __launch_bounds__(kPlainMaxThreads, 2) plain_quantize(const __grid_constant__ Problem p, int team_warps) {
+__global__ void __launch_bounds__(kPlainMaxThreads, std::is_same<X, float>::value ? 1 : 2) plain_quantize(const __grid_constant__ Problem p, int team_warps) {
   let_next_begin();
-  constexpr int kKept = kCount == 1 ? kPlainElements / 2 : kPlainElements / kCount;
+  constexpr int kKept = kCount == 1 ? kPlainElements / 4 : kPlainElements / kCount;
   __shared__ __align__(16) unsigned char slots[kPlainThreads / kWarp * kSlots];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   Team team = {warp / team_warps, team_warps, warp % team_warps, reinterpret_cast<float*>(slots + warp / team_warps * kSlots)};
@@ -1254,7 +1299,7 @@ __global__ void __launch_bounds__(kPlainMaxThreads, 2) plain_quantize(const __gr
 #pragma unroll
     for (int i = 0; i < kCount; ++i) largest = max_or_nan(largest, fabsf(h[i]));
   };
-  Kept<X, kCount> kept[kKept];  // h is of type X
+  Vector<X, kCount> kept[kKept];  // h is of type X
 #pragma unroll
   for (int i = 0; i < kKept; ++i) {
     float h[kCount] = {};
@@ -1312,11 +1357,7 @@ constexpr Form form() {
 }
 
 // In the order of choice: the first that holds n2 columns and fits shared memory. The last takes everything.
-#ifdef FQ_TRY
-const Form kHalfForms[] = {form<__half, 8, 1, 1, 16, false>(), form<__half, 16, 1, 1, 12, false>(),
-#else
 const Form kHalfForms[] = {form<__half, 8, 2, 1, 12, false>(), form<__half, 16, 2, 1, 8, false>(),
-#endif
  form<__half, 32, 1, 4, 8, true>()};
 const Form kBfloatForms[] = {form<__nv_bfloat16, 8, 2, 1, 12, false>(), form<__nv_bfloat16, 16, 2, 1, 8, false>(), form<__nv_bfloat16, 32, 1, 4, 8, true>()};
 const Form kFloatForms[] = {form<float, 16, 1, 1, 8, false>(), form<float, 32, 1, 4, 8, true>()};
@@ -1339,6 +1380,7 @@ bool plan_form(const Form& form, const fq_flat_quantize_params& params, const Pr
   plan->passes = plan->rounds == 1 && form.parts == 1 ? 1 : 2;
   plan->vector = params.n2 % kVector == 0;
   const int chunks = plan->vector ? params.n2 / kVector : params.n2;
+  plan->team_magic = magic_of(plan->team_warps);
   plan->chunks_magic = magic_of(chunks);
   plan->left_magic = magic_of(plan->strips * form.tiles_m * 2);
   plan->right_magic = magic_of(form.tiles_n);
@@ -1348,7 +1390,7 @@ bool plan_form(const Form& form, const fq_flat_quantize_params& params, const Pr
   const int pitch = form.tiles_n * 16 + 16;
   plan->left_bytes = form.direct ? 0 : plan->n1_padded * plan->left_pitch;
   plan->right_bytes = form.direct ? 0 : form.tiles_n * 8 * pitch;
-  plan->stage_bytes = planes * plan->blocks_per_round * (form.direct ? std::min(plan->n1_padded, kSlice) : plan->n1_padded) * pitch;
+  plan->stage_bytes = planes * plan->blocks_per_round * (form.direct ? std::min(plan->n1_padded, kSliceLines / planes) : plan->n1_padded) * pitch;
   // Runs of 16 codes are stored by the threads that have them; where they do not end with rows of n2, codes meet in shared memory.
   plan->codes_bytes = params.n2 % 16 == 0 ? 0 : plan->team_warps * 16 * form.tiles_m * (form.tiles_n * 8 + 16);
 
@@ -1381,7 +1423,11 @@ const Form* choose_form(const fq_flat_quantize_params& params, const Prologue& p
   return first(kFloatForms, sizeof(kFloatForms) / sizeof(Form));
 }
 
-const char* fits(const fq_flat_quantize_params&, const Prologue&, const Device&) { return nullptr; }
+const char* fits(const fq_flat_quantize_params& params, const Prologue& prologue, const Device& device) {
+  Plan plan;
+  int shared = 0;
+  return is_plain(params) || choose_form(params, prologue, device, &plan, &shared) != nullptr ? nullptr : "needs more shared memory than this device has";
+}
 
 Problem describe(const fq_flat_quantize_params& params, const Prologue& prologue) {
   Problem p = {};
@@ -1448,7 +1494,7 @@ bool plan_split(const fq_flat_quantize_params& params, const Device& device, Spl
     if (params.rows * blocks > 2 * device.multiprocessors) continue;
     plan->blocks = blocks;
     plan->strips = divided(strips, blocks);
-    if (params.rows * blocks <= device.multiprocessors) break;
+    if (params.rows * blocks * 4 <= device.multiprocessors * 3) break;  // clusters do not fill every multiprocessor
   }
   if (plan->blocks == 0) return false;
   plan->n1_padded = strips * 16;
