@@ -263,7 +263,8 @@ def takes(case: Case, kernel: str) -> bool:
 
 
 PAIRS = [
-    (16, 24), (24, 32), (32, 128), (40, 128), (64, 64), (64, 80), (64, 128), (86, 128), (112, 128), (128, 128), (128, 224), (3, 128), (8, 12),
+    (16, 24), (24, 32), (32, 128), (40, 128), (64, 64), (64, 80), (64, 128), (86, 128), (112, 128), (128, 128), (128, 224),
+    (3, 128), (8, 12),
 ]  # fmt: skip
 ODD_PAIRS = [
     (1, 1), (1, 2), (2, 1), (3, 5), (7, 9), (1, 255), (255, 1), (13, 100), (33, 17), (100, 13), (65, 66), (129, 64), (17, 136), (256, 256),
@@ -315,7 +316,8 @@ def random_cases(count: int) -> list[Case]:
             factors=str(generator.choice([dtype, "float32"])), bits=bits,
             container=str(generator.choice(["int8", "packed", "int32x8"])) if bits == 4 else "int8",
             clip=float(generator.choice([1.0, 0.9, 0.37])), clip_on_device=bool(generator.integers(2)),
-            padding=int(generator.choice([0, 8, 64])), prologue=str(generator.choice(["none", "none", "norm", "residual", "silu"])), seed=len(cases),
+            padding=int(generator.choice([0, 8, 64])), prologue=str(generator.choice(["none", "none", "norm", "residual", "silu"])),
+            seed=len(cases),
         )  # fmt: skip
         if case.k % {"int8": 1, "packed": 2, "int32x8": 8}[case.container] == 0 and case.k * case.rows < 4_000_000 and case.k > 1:
             cases.append(case)
@@ -669,7 +671,8 @@ def test_soak(kernel: str) -> None:
 SANITIZED = [
     Case(64, 64, rows=3, factors="float16"), Case(16, 24, blocks=2, rows=2, prologue="residual", container="packed"),
     Case(3, 5, blocks=2, rows=2, dtype="bfloat16", container="packed"), Case(33, 128, rows=2, prologue="silu"),
-    Case(20, 40, rows=2, dtype="float32"), Case(40, 136, rows=2), Case(1, 1, 1000, rows=2), Case(1, 1, 1001, rows=2, dtype="float32"), Case(130, 40, blocks=3, rows=2),
+    Case(20, 40, rows=2, dtype="float32"), Case(40, 136, rows=2), Case(1, 1, 1000, rows=2), Case(1, 1, 1001, rows=2, dtype="float32"),
+    Case(130, 40, blocks=3, rows=2),
     Case(128, 224, rows=1, factors="float16"),
 ]  # fmt: skip
 

@@ -1,4 +1,5 @@
-// Codes back to numbers: y = q * scale of the row, in fp32, rounded once. Bound by memory: a thread reads 8 codes and writes 16 or 32 bytes.
+// Codes back to numbers: y = q * scale of the row, in fp32, rounded once. Bound by memory: a thread reads 8 codes and writes 16 or 32
+// bytes.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -80,14 +81,16 @@ template <typename Y, bool kPacked, int kCount>
 fq_status launch(const fq_dequantize_params& params, cudaStream_t stream) {
   const int64_t vectors = params.rows * params.k / kCount, per_row = params.k / kCount, per_block = kThreads * kPerThread;
   const int64_t blocks = (vectors + per_block - 1) / per_block;
-  if (blocks > INT32_MAX) return fail(FQ_INVALID_ARGUMENT, "rows * k is %lld * %lld, too many for one call", static_cast<long long>(params.rows),
-                                      static_cast<long long>(params.k));
+  if (blocks > INT32_MAX)
+    return fail(FQ_INVALID_ARGUMENT, "rows * k is %lld * %lld, too many for one call", static_cast<long long>(params.rows),
+                static_cast<long long>(params.k));
   Y* y = static_cast<Y*>(params.y);
   if (vectors + per_block <= INT32_MAX) {
-    dequantize<Y, kPacked, kCount, int32_t><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(params.q, params.scale, y, static_cast<int32_t>(vectors),
-                                                                                                   static_cast<int32_t>(per_row));
+    dequantize<Y, kPacked, kCount, int32_t><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
+        params.q, params.scale, y, static_cast<int32_t>(vectors), static_cast<int32_t>(per_row));
   } else {
-    dequantize<Y, kPacked, kCount, int64_t><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(params.q, params.scale, y, vectors, per_row);
+    dequantize<Y, kPacked, kCount, int64_t>
+        <<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(params.q, params.scale, y, vectors, per_row);
   }
   return check(cudaGetLastError(), "launch of dequantize");
 }
@@ -95,7 +98,8 @@ fq_status launch(const fq_dequantize_params& params, cudaStream_t stream) {
 template <typename Y>
 fq_status launch_as(const fq_dequantize_params& params, cudaStream_t stream) {
   const bool packed = params.container != FQ_INT8;
-  const bool vector = params.k % kVector == 0 && reinterpret_cast<uintptr_t>(params.q) % kVector == 0 && reinterpret_cast<uintptr_t>(params.y) % 16 == 0;
+  const bool vector =
+      params.k % kVector == 0 && reinterpret_cast<uintptr_t>(params.q) % kVector == 0 && reinterpret_cast<uintptr_t>(params.y) % 16 == 0;
   if (vector) return packed ? launch<Y, true, kVector>(params, stream) : launch<Y, false, kVector>(params, stream);
   return packed ? launch<Y, true, 1>(params, stream) : launch<Y, false, 1>(params, stream);
 }

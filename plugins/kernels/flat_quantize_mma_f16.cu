@@ -1,11 +1,13 @@
-// FlatQuantize for every GPU from compute capability 8.0 on, every pair of factors, type, container and prologue: t = L^T X R with mma.sync.
+// FlatQuantize for every GPU from compute capability 8.0 on, every pair of factors, type, container and prologue: t = L^T X R with
+// mma.sync.
 //
 // A warp computes strips of 16 or 32 rows of t. Y = L^T X first: its accumulators, rounded to 16 bits, are in the very registers that the
 // second product Y R wants as its left operand (as in FlashAttention's P V), so that nothing but codes and scales leaves the warp. All of a
 // row's t stays in registers until its largest magnitude is known. A team of warps holds one row; teams of a block share the factors in
 // shared memory and know nothing of each other, so that one team's loads hide behind another's products.
 //
-// fp16 and bf16 are multiplied as they are. fp32 is split into two bf16 (16 bits of significand, the range of fp32) and multiplied three times.
+// fp16 and bf16 are multiplied as they are. fp32 is split into two bf16 (16 bits of significand, the range of fp32) and multiplied three
+// times.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -21,11 +23,11 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr int kMaxTeams = 12;
-constexpr int kExchange = 2 * kWarp;                 // values that a team exchanges at a time, twice
+constexpr int kExchange = 2 * kWarp;                   // values that a team exchanges at a time, twice
 constexpr int kSlots = 2 * kExchange * sizeof(float);  // bytes of shared memory of a team, with what its warps keep
-constexpr int kVector = 8;                 // elements that are handled together where n2 allows
+constexpr int kVector = 8;                             // elements that are handled together where n2 allows
 constexpr float kSmallestScale = 0x1p-126f;
-constexpr float kRound = 0x1.8p23f;        // v + kRound has round_half_even(v) in its low bits
+constexpr float kRound = 0x1.8p23f;  // v + kRound has round_half_even(v) in its low bits
 constexpr unsigned kFull = 0xffffffffu;
 
 // What every kernel of this file is told.
@@ -49,15 +51,15 @@ struct Problem {
 
 // How the transform's work is cut; see plan().
 struct Plan {
-  int strips;            // of a block of n1 x n2 columns, each a warp's
-  int team_warps, teams; // warps that share a row; rows a block of threads has at once
-  int blocks_per_round;  // blocks of the row that a team has at once
-  int rounds_per_block;  // above 1: a block has more strips than a team has warps
-  int rounds, passes;    // 1 pass: t stays in registers; 2: once for the row's maximum, once for its codes
-  int stages;            // of x in shared memory
+  int strips;             // of a block of n1 x n2 columns, each a warp's
+  int team_warps, teams;  // warps that share a row; rows a block of threads has at once
+  int blocks_per_round;   // blocks of the row that a team has at once
+  int rounds_per_block;   // above 1: a block has more strips than a team has warps
+  int rounds, passes;     // 1 pass: t stays in registers; 2: once for the row's maximum, once for its codes
+  int stages;             // of x in shared memory
   int n1_padded, left_pitch;
-  uint32_t team_magic;    // divides by team_warps
-  uint32_t chunks_magic;  // divides by the vectors (or elements) of n2
+  uint32_t team_magic;               // divides by team_warps
+  uint32_t chunks_magic;             // divides by the vectors (or elements) of n2
   uint32_t left_magic, right_magic;  // divide by the vectors of a factor's row
   bool asynchronous, vector;
   int left_bytes, right_bytes, stage_bytes, codes_bytes;  // parts of shared memory; one plane of left and right, one stage of all planes
@@ -165,8 +167,8 @@ __device__ __forceinline__ void store(X* target, const float (&values)[kCount]) 
     reinterpret_cast<float4*>(target)[0] = make_float4(values[0], values[1], values[2], values[3]);
     reinterpret_cast<float4*>(target)[1] = make_float4(values[4], values[5], values[6], values[7]);
   } else {
-    *reinterpret_cast<uint4*>(target) = make_uint4(pack<X>(values[0], values[1]), pack<X>(values[2], values[3]), pack<X>(values[4], values[5]),
-                                                   pack<X>(values[6], values[7]));
+    *reinterpret_cast<uint4*>(target) = make_uint4(pack<X>(values[0], values[1]), pack<X>(values[2], values[3]),
+                                                   pack<X>(values[4], values[5]), pack<X>(values[6], values[7]));
   }
 }
 
@@ -192,13 +194,15 @@ struct PowerOfTwo {
   float value, inverse;
 };
 
-// What fp16 holds Y in units of: the power of two that takes the strip's largest magnitude to 2^14 .. 2^15. So Y cannot overflow, whatever x and
-// the factors are, and loses nothing but the rounding to 11 bits (what is 2^-29 times the largest and below vanishes). Undone in the scale, exactly.
+// What fp16 holds Y in units of: the power of two that takes the strip's largest magnitude to 2^14 .. 2^15. So Y cannot overflow, whatever
+// x and the factors are, and loses nothing but the rounding to 11 bits (what is 2^-29 times the largest and below vanishes). Undone in the
+// scale, exactly.
 template <typename X>
 __device__ __forceinline__ PowerOfTwo power_of_two(float largest) {
   if constexpr (!std::is_same<X, __half>::value) return {1.0f, 1.0f};
   const int exponent = min(max(static_cast<int>(__float_as_uint(largest) >> 23), 127 - 100), 127 + 100);
-  return {__uint_as_float(static_cast<uint32_t>(exponent - 14) << 23), __uint_as_float(static_cast<uint32_t>(127 + 127 + 14 - exponent) << 23)};
+  return {__uint_as_float(static_cast<uint32_t>(exponent - 14) << 23),
+          __uint_as_float(static_cast<uint32_t>(127 + 127 + 14 - exponent) << 23)};
 }
 
 struct RowScale {
@@ -217,7 +221,9 @@ struct Coder {
   float factor, offset, range, back;
 
   // The code is in the low bits.
-  __device__ __forceinline__ uint32_t bits(float t) const { return __float_as_uint(fmaf(__saturatef(fmaf(t, factor, offset)), range, back)); }
+  __device__ __forceinline__ uint32_t bits(float t) const {
+    return __float_as_uint(fmaf(__saturatef(fmaf(t, factor, offset)), range, back));
+  }
 };
 
 // `unit` is what t's values are multiples of.
@@ -355,23 +361,25 @@ __device__ __forceinline__ void load_transposed(uint32_t (&registers)[4], uint32
                : "memory");
 }
 
-// fp16 or bf16, K = 16: a[0..3] are (row g, K 2t, 2t + 1), (g + 8, 2t ..), (g, 2t + 8 ..), (g + 8, 2t + 8 ..); b0 and b1 are column g, K 2t .. and 2t + 8 ...
+// fp16 or bf16, K = 16: a[0..3] are (row g, K 2t, 2t + 1), (g + 8, 2t ..), (g, 2t + 8 ..), (g + 8, 2t + 8 ..); b0 and b1 are column g, K 2t
+// .. and 2t + 8 ...
 template <typename X>
 __device__ __forceinline__ void multiply_16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same<X, __half>::value) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   } else {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
 }
 
 // Of planes: what the low parts of both operands give together is below the rounding of the low parts and left out.
 template <typename X, int kSize>
-__device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[kPlanes<X>][4], const uint32_t (&b)[kPlanes<X>][kSize], int first, int second) {
+__device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[kPlanes<X>][4], const uint32_t (&b)[kPlanes<X>][kSize],
+                                         int first, int second) {
   if constexpr (kPlanes<X> == 2) {
     multiply_16<X>(sum, a[1], b[0][first], b[0][second]);
     multiply_16<X>(sum, a[0], b[1][first], b[1][second]);
@@ -391,7 +399,8 @@ constexpr int kGroupColumns = 8 * kGroup;
 
 // kVector entries of a factor of n x n, zeros outside it.
 template <typename X>
-__device__ __forceinline__ void load_factor(const Problem& p, const void* factor, int n, bool vector, int row, int column, float (&values)[kVector]) {
+__device__ __forceinline__ void load_factor(const Problem& p, const void* factor, int n, bool vector, int row, int column,
+                                            float (&values)[kVector]) {
 #pragma unroll
   for (int i = 0; i < kVector; ++i) values[i] = 0.0f;
   if (row >= n) return;
@@ -428,13 +437,15 @@ __device__ __forceinline__ void store_16(unsigned char* target, const uint32_t (
   *reinterpret_cast<uint4*>(target) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-__device__ __forceinline__ bool is_vector(const void* factor, int n) { return n % kVector == 0 && reinterpret_cast<uintptr_t>(factor) % 16 == 0; }
+__device__ __forceinline__ bool is_vector(const void* factor, int n) {
+  return n % kVector == 0 && reinterpret_cast<uintptr_t>(factor) % 16 == 0;
+}
 
 // Puts both factors into shared memory as operands of X's kind, zeros around them. Asynchronous where no conversion is needed: one commit.
 // Entries are rounded to fp16 for fp16 x: they are meant to be of moderate size.
 template <typename X>
-__device__ __forceinline__ void stage_factors(const Problem& p, const Plan& plan, int left_columns, int size, int pitch, unsigned char* left,
-                                              unsigned char* right) {
+__device__ __forceinline__ void stage_factors(const Problem& p, const Plan& plan, int left_columns, int size, int pitch,
+                                              unsigned char* left, unsigned char* right) {
 #pragma unroll 1
   for (int which = 0; which < 2; ++which) {
     const bool is_left = which == 0;
@@ -449,7 +460,8 @@ __device__ __forceinline__ void stage_factors(const Problem& p, const Plan& plan
       for (int unit = threadIdx.x; unit < rows * chunks; unit += blockDim.x) {
         const int row = divide(unit, magic), chunk = unit - row * chunks;
         const bool inside = row < n && chunk * kVector < n;
-        copy_16(to_shared(target) + row * line + chunk * 16, static_cast<const uint16_t*>(factor) + (inside ? row * n + chunk * kVector : 0), inside);
+        copy_16(to_shared(target) + row * line + chunk * 16,
+                static_cast<const uint16_t*>(factor) + (inside ? row * n + chunk * kVector : 0), inside);
       }
     } else {
 #pragma unroll 4
@@ -476,7 +488,8 @@ __device__ __forceinline__ int place(const Problem& p, const Plan& plan, int lin
 
 // Fills a stage with `lines` lines of the row's blocks x n1, from `first_line` on, asynchronously: one commit.
 template <int kPitch>
-__device__ __forceinline__ void copy_rows(const Problem& p, const Plan& plan, const Team& team, int row, int first_line, int lines, uint32_t stage) {
+__device__ __forceinline__ void copy_rows(const Problem& p, const Plan& plan, const Team& team, int row, int first_line, int lines,
+                                          uint32_t stage) {
   const int chunks = p.n2 / kVector, units = lines * chunks, threads = team.warps * kWarp;
   const uint16_t* source = static_cast<const uint16_t*>(p.x) + row * p.x_stride + first_line * p.n2;
 #pragma unroll 4
@@ -489,8 +502,8 @@ __device__ __forceinline__ void copy_rows(const Problem& p, const Plan& plan, co
 
 // Fills a stage through registers, for prologues, fp32 and odd sizes: `lines` lines of the row's count x n1, from `first_line` on.
 template <typename X, int kCount, int kBatch>
-__device__ __forceinline__ void fill_rows(const Problem& p, const Plan& plan, const Team& team, int row, int first_line, int lines, int pitch,
-                                          float inverse_rms, bool write, unsigned char* stage) {
+__device__ __forceinline__ void fill_rows(const Problem& p, const Plan& plan, const Team& team, int row, int first_line, int lines,
+                                          int pitch, float inverse_rms, bool write, unsigned char* stage) {
   const int units = lines * p.n2 / kCount, threads = team.warps * kWarp, plane = plan.stage_bytes / kPlanes<X>;
 #pragma unroll 1
   for (int begin = team.member * kWarp + threadIdx.x % kWarp; begin < units; begin += kBatch * threads) {
@@ -510,7 +523,8 @@ __device__ __forceinline__ void fill_rows(const Problem& p, const Plan& plan, co
         uint32_t words[kPlanes<X>];
         split<X>(h[i][0], 0.0f, words);
 #pragma unroll
-        for (int part = 0; part < kPlanes<X>; ++part) *reinterpret_cast<uint16_t*>(target + part * plane) = static_cast<uint16_t>(words[part]);
+        for (int part = 0; part < kPlanes<X>; ++part)
+          *reinterpret_cast<uint16_t*>(target + part * plane) = static_cast<uint16_t>(words[part]);
       } else {
         uint32_t words[kPlanes<X>][kVector / 2];
         split<X>(h[i], words);
@@ -522,8 +536,8 @@ __device__ __forceinline__ void fill_rows(const Problem& p, const Plan& plan, co
 }
 
 template <typename X, int kBatch>
-__device__ __forceinline__ void fill(const Problem& p, const Plan& plan, const Team& team, int row, int first_line, int lines, int pitch, float inverse_rms,
-                                     bool write, unsigned char* stage) {
+__device__ __forceinline__ void fill(const Problem& p, const Plan& plan, const Team& team, int row, int first_line, int lines, int pitch,
+                                     float inverse_rms, bool write, unsigned char* stage) {
   if (plan.vector) {
     fill_rows<X, kVector, kBatch>(p, plan, team, row, first_line, lines, pitch, inverse_rms, write, stage);
   } else {
@@ -540,7 +554,8 @@ __device__ __forceinline__ void fetch_left(const Problem& p, int first_row, int 
   const auto entry = [&](int row, int column) {
     if (row >= p.n1 || column >= p.n1) return 0.0f;
     const int at = row * p.n1 + column;
-    return std::is_same<X, float>::value || p.factors_are_float ? static_cast<const float*>(p.left)[at] : to_float(static_cast<const X*>(p.left)[at]);
+    return std::is_same<X, float>::value || p.factors_are_float ? static_cast<const float*>(p.left)[at]
+                                                                : to_float(static_cast<const X*>(p.left)[at]);
   };
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -595,8 +610,8 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
   }
 }
 
-// Codes of one strip and one group of columns: half 0 is row g of the tile, half 1 row g + 8. A thread gets 16 adjacent ones: dealt out so by
-// fetch_right (kDealt), or exchanged within the quad.
+// Codes of one strip and one group of columns: half 0 is row g of the tile, half 1 row g + 8. A thread gets 16 adjacent ones: dealt out so
+// by fetch_right (kDealt), or exchanged within the quad.
 template <bool kDealt>
 __device__ __forceinline__ void make_codes(const float (&t)[kGroup][4], int half, const Coder& coder, uint32_t (&words)[4]) {
 #pragma unroll
@@ -617,9 +632,11 @@ __device__ __forceinline__ void make_codes(const float (&t)[kGroup][4], int half
   }
 }
 
-// Codes of a round that its strips left in shared memory, a byte each, to the row. Strips are kRows lines of kPitch bytes one after another.
+// Codes of a round that its strips left in shared memory, a byte each, to the row. Strips are kRows lines of kPitch bytes one after
+// another.
 template <int kRows, int kPitch>
-__device__ __forceinline__ void copy_codes(const Problem& p, const Plan& plan, const Team& team, int row, int first, int count, const unsigned char* codes) {
+__device__ __forceinline__ void copy_codes(const Problem& p, const Plan& plan, const Team& team, int row, int first, int count,
+                                           const unsigned char* codes) {
   const int thread = team.member * kWarp + threadIdx.x % kWarp, threads = team.warps * kWarp;
   unsigned char* target = p.q + row * p.q_stride;
   const auto find = [&](int at) {
@@ -649,9 +666,11 @@ __device__ __forceinline__ void copy_codes(const Problem& p, const Plan& plan, c
 }
 
 // kTilesN: tiles of 8 that hold n2 columns; kTilesM: tiles of 16 rows in a strip; kParts: parts in which t's columns are computed, above 1
-// where registers do not hold them all; kDirect: the factors are read from global memory where they are needed, and x a slice of n1 at a time.
+// where registers do not hold them all; kDirect: the factors are read from global memory where they are needed, and x a slice of n1 at a
+// time.
 template <typename X, int kTilesN, int kTilesM, int kParts, int kWarps, bool kDirect>
-__global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __grid_constant__ Problem p, const __grid_constant__ Plan plan) {
+__global__ void __launch_bounds__(kWarps* kWarp, 1)
+    transform_quantize(const __grid_constant__ Problem p, const __grid_constant__ Plan plan) {
   let_next_begin();
   constexpr int kPitch = kTilesN * 16 + 16;  // an odd number of 16 bytes: the 8 rows of a matrix are in different banks
   constexpr int kCodesPitch = kTilesN * 8 + 16;
@@ -694,7 +713,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __g
     item.step = 0;
     item.row += gridDim.x * plan.teams;
   };
-  const auto first_block = [&](int round) { return plan.rounds_per_block > 1 ? round / plan.rounds_per_block : round * plan.blocks_per_round; };
+  const auto first_block = [&](int round) {
+    return plan.rounds_per_block > 1 ? round / plan.rounds_per_block : round * plan.blocks_per_round;
+  };
   const auto block_count = [&](int round) { return min(plan.blocks_per_round, p.blocks - first_block(round)); };
   const auto copy = [&](const Item& item, int place) {
     if (item.row < p.rows) {
@@ -747,7 +768,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __g
         if (plan.stages > 1) copy_ahead(item, used, plan.stages - 1);
       } else {
         team.sync();  // all are done with what the stage held
-        fill<X, std::is_same<X, float>::value ? 2 : 4>(p, plan, team, item.row, block0 * p.n1, block_count(item.round(plan)) * p.n1, kPitch, inverse_rms, item.pass(plan) == 0, stage_of_team());
+        fill<X, std::is_same<X, float>::value ? 2 : 4>(p, plan, team, item.row, block0 * p.n1, block_count(item.round(plan)) * p.n1, kPitch,
+                                                       inverse_rms, item.pass(plan) == 0, stage_of_team());
         team.sync();
       }
     }
@@ -769,7 +791,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __g
       float sums[kTilesM][kTilesN][4] = {};
       const int plane = plan.stage_bytes / kPlanes<X>;
       const uint32_t a_from = to_shared(left) + (lane % 8 + lane / 16 * 8) * plan.left_pitch + (strip.first_row + lane / 8 % 2 * 8) * 2;
-      const uint32_t b_from = to_shared(stage_of_team()) + used * plan.stage_bytes + (strip.block - block0) * plan.n1_padded * kPitch + lane % 16 * kPitch + lane / 16 * 16;
+      const uint32_t b_from = to_shared(stage_of_team()) + used * plan.stage_bytes + (strip.block - block0) * plan.n1_padded * kPitch +
+                              lane % 16 * kPitch + lane / 16 * 16;
       int slice = 0;  // first line that the stage holds
 #pragma unroll 1
       for (int k = 0; k < plan.n1_padded; k += 16) {
@@ -797,7 +820,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __g
             fetch_left<X>(p, strip.first_row + 16 * i, k, a[i]);
           } else {
 #pragma unroll
-            for (int part = 0; part < kPlanes<X>; ++part) load_transposed(a[i][part], a_from + part * plan.left_bytes + k * plan.left_pitch + i * 32);
+            for (int part = 0; part < kPlanes<X>; ++part)
+              load_transposed(a[i][part], a_from + part * plan.left_bytes + k * plan.left_pitch + i * 32);
           }
         }
 #pragma unroll
@@ -826,7 +850,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __g
         for (int j = 0; j < kTilesN / 2; ++j)
 #pragma unroll
           for (int word = 0; word < 4; ++word) {
-            const float(&pair)[4] = sums[i][2 * j + word / 2];
+            const float (&pair)[4] = sums[i][2 * j + word / 2];
             uint32_t words[kPlanes<X>];
             split<X>(pair[word % 2 * 2] * unit.inverse, pair[word % 2 * 2 + 1] * unit.inverse, words);
 #pragma unroll
@@ -871,7 +895,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __g
             for (int j = 0; j < kPart; j += 2) {
               uint32_t b[kPlanes<X>][4];
 #pragma unroll
-              for (int part = 0; part < kPlanes<X>; ++part) load_transposed(b[part], b_from + part * plan.right_bytes + step * 16 * kPitch + j * 16);
+              for (int part = 0; part < kPlanes<X>; ++part)
+                load_transposed(b[part], b_from + part * plan.right_bytes + step * 16 * kPitch + j * 16);
 #pragma unroll
               for (int i = 0; i < kTilesM; ++i) {
                 multiply<X>(t[i][j], y[i][step], b, 0, 1);
@@ -907,7 +932,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __g
           for (int half = 0; half < 2; ++half)
 #pragma unroll
             for (int group = 0; group < kPart / kGroup; ++group)
-              make_codes<kDirect>(reinterpret_cast<const float(&)[kGroup][4]>(t[i][group * kGroup]), half, coder, words[i][half][group]);
+              make_codes<kDirect>(reinterpret_cast<const float (&)[kGroup][4]>(t[i][group * kGroup]), half, coder, words[i][half][group]);
         const int column = part_index * kPart * 8 + lane % 4 * 16;
         const auto for_each = [&](auto&& function) {
 #pragma unroll
@@ -921,18 +946,19 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __g
         const Strip place = find_strip();
         if (plan.codes_bytes > 0) {
           unsigned char* own_codes = codes_of_team() + team.member * kStripRows * kCodesPitch;
-          for_each([&](int line, int at, const uint32_t(&run)[4]) { store_16(own_codes + line * kCodesPitch + at, run); });
+          for_each([&](int line, int at, const uint32_t (&run)[4]) { store_16(own_codes + line * kCodesPitch + at, run); });
         } else if (place.active) {
           const int from = place.block * p.n1 + place.first_row;
           unsigned char* target = p.q + item.row * p.q_stride;
           const int lines = p.n1 - place.first_row;
           if (p.packed) {
-            for_each([&](int line, int at, const uint32_t(&run)[4]) {
+            for_each([&](int line, int at, const uint32_t (&run)[4]) {
               if (line < lines && at < p.n2)
-                *reinterpret_cast<uint2*>(target + ((from + line) * p.n2 + at) / 2) = make_uint2(eight_nibbles(run[0], run[1]), eight_nibbles(run[2], run[3]));
+                *reinterpret_cast<uint2*>(target + ((from + line) * p.n2 + at) / 2) =
+                    make_uint2(eight_nibbles(run[0], run[1]), eight_nibbles(run[2], run[3]));
             });
           } else {
-            for_each([&](int line, int at, const uint32_t(&run)[4]) {
+            for_each([&](int line, int at, const uint32_t (&run)[4]) {
               if (line < lines && at < p.n2) store_16(target + (from + line) * p.n2 + at, run);
             });
           }
@@ -944,7 +970,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __g
       const int line = plan.rounds_per_block > 1 ? item.round(plan) % plan.rounds_per_block * plan.team_warps * kStripRows : 0;
       const int lines = plan.rounds_per_block > 1 ? min(plan.team_warps * kStripRows, p.n1 - line) : block_count(item.round(plan)) * p.n1;
       team.sync();
-      copy_codes<kStripRows, kCodesPitch>(p, plan, team, item.row, (first_block(item.round(plan)) * p.n1 + line) * p.n2, lines * p.n2, codes_of_team());
+      copy_codes<kStripRows, kCodesPitch>(p, plan, team, item.row, (first_block(item.round(plan)) * p.n1 + line) * p.n2, lines * p.n2,
+                                          codes_of_team());
       team.sync();
     }
   }
@@ -952,11 +979,11 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) transform_quantize(const __g
 
 // ---- the transform of few rows ----
 
-// A row is spread over a cluster of blocks: what counts is how soon the last code is out. A block has some strips of n1, its warps share the
-// columns; Y goes through shared memory, and each step is short enough for a kernel of a few hundred instructions.
+// A row is spread over a cluster of blocks: what counts is how soon the last code is out. A block has some strips of n1, its warps share
+// the columns; Y goes through shared memory, and each step is short enough for a kernel of a few hundred instructions.
 struct Split {
-  int blocks, strips;           // of a row; of a block
-  int warp_columns, pair_shift; // warps side by side; 1 where a warp has two pairs of tiles, not one
+  int blocks, strips;            // of a row; of a block
+  int warp_columns, pair_shift;  // warps side by side; 1 where a warp has two pairs of tiles, not one
   int n1_padded, n2_padded, pitch, left_pitch, left_bytes, x_bytes;
   uint32_t chunks_magic, padded_magic, left_magic;
 };
@@ -1002,8 +1029,8 @@ __device__ __forceinline__ void prefetch(const void* values, int64_t first, int 
 
 // Columns `first_column`.. of a factor of n x n, zeros outside it.
 template <typename X>
-__device__ __forceinline__ void stage_columns(const Problem& p, const void* factor, int n, int rows, int first_column, int columns, uint32_t magic, int pitch,
-                                              unsigned char* target) {
+__device__ __forceinline__ void stage_columns(const Problem& p, const void* factor, int n, int rows, int first_column, int columns,
+                                              uint32_t magic, int pitch, unsigned char* target) {
   const int chunks = columns / kVector;
   const bool vector = is_vector(factor, n);
   if (vector && !p.factors_are_float) {
@@ -1027,7 +1054,8 @@ __device__ __forceinline__ void stage_columns(const Problem& p, const void* fact
 }
 
 template <typename X>
-__global__ void __launch_bounds__(kSplitWarps* kWarp) split_quantize(const __grid_constant__ Problem p, const __grid_constant__ Split plan) {
+__global__ void __launch_bounds__(kSplitWarps* kWarp)
+    split_quantize(const __grid_constant__ Problem p, const __grid_constant__ Split plan) {
   let_next_begin();
   constexpr int kThreads = kSplitWarps * kWarp;
   extern __shared__ __align__(16) unsigned char memory[];
@@ -1119,7 +1147,8 @@ __global__ void __launch_bounds__(kSplitWarps* kWarp) split_quantize(const __gri
   const auto pair_of = [&](int item) { return warp_column + (item & plan.pair_shift) * plan.warp_columns; };
   bool has[kSplitItems];
 #pragma unroll
-  for (int i = 0; i < kSplitItems; ++i) has[i] = strip_of(i) < plan.strips && first_line + strip_of(i) * 16 < p.n1 && pair_of(i) * 16 < plan.n2_padded;
+  for (int i = 0; i < kSplitItems; ++i)
+    has[i] = strip_of(i) < plan.strips && first_line + strip_of(i) * 16 < p.n1 && pair_of(i) * 16 < plan.n2_padded;
 
   // Y = L^T X
   float sums[kSplitItems][2][4] = {};
@@ -1270,10 +1299,11 @@ __device__ __forceinline__ float largest_of(const Vector<X, kCount> (&kept)[kKep
   return to_float(reinterpret_cast<const X&>(bits));
 }
 
-// A team of warps a row, kCount adjacent columns a thread: kVector, or 1 where k is no multiple of it. kKept of them stay in registers; rows
-// that are longer than these are read twice.
+// A team of warps a row, kCount adjacent columns a thread: kVector, or 1 where k is no multiple of it. kKept of them stay in registers;
+// rows that are longer than these are read twice.
 template <typename X, int kCount>
-__global__ void __launch_bounds__(kPlainMaxThreads, std::is_same<X, float>::value ? 1 : 2) plain_quantize(const __grid_constant__ Problem p, int team_warps) {
+__global__ void __launch_bounds__(kPlainMaxThreads, std::is_same<X, float>::value ? 1 : 2)
+    plain_quantize(const __grid_constant__ Problem p, int team_warps) {
   let_next_begin();
   constexpr int kKept = kCount == 1 ? kPlainElements / 4 : kPlainElements / kCount;
   __shared__ __align__(16) unsigned char slots[kPlainThreads / kWarp * kSlots];
@@ -1286,16 +1316,16 @@ __global__ void __launch_bounds__(kPlainMaxThreads, std::is_same<X, float>::valu
   if (p.kind == PrologueKind::kRmsNorm) inverse_rms = find_inverse_rms<X>(p, row, kCount == kVector, &team);
   const float2 factors = plain_factors<X>(p);
 
-  const auto multiply = [&](float(&h)[kCount]) {  // in the reference's order
+  const auto multiply = [&](float (&h)[kCount]) {  // in the reference's order
     if (p.left == nullptr) return;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) h[i] = __fmul_rn(factors.x, __fmul_rn(h[i], factors.y));
   };
-  const auto read = [&](int column, bool write, float(&h)[kCount]) {
+  const auto read = [&](int column, bool write, float (&h)[kCount]) {
     load_transformed<X>(p, row, column, inverse_rms, write, h);
     multiply(h);
   };
-  const auto measure = [&](const float(&h)[kCount]) {
+  const auto measure = [&](const float (&h)[kCount]) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) largest = max_or_nan(largest, fabsf(h[i]));
   };
@@ -1357,9 +1387,9 @@ constexpr Form form() {
 }
 
 // In the order of choice: the first that holds n2 columns and fits shared memory. The last takes everything.
-const Form kHalfForms[] = {form<__half, 8, 2, 1, 12, false>(), form<__half, 16, 2, 1, 8, false>(),
- form<__half, 32, 1, 4, 8, true>()};
-const Form kBfloatForms[] = {form<__nv_bfloat16, 8, 2, 1, 12, false>(), form<__nv_bfloat16, 16, 2, 1, 8, false>(), form<__nv_bfloat16, 32, 1, 4, 8, true>()};
+const Form kHalfForms[] = {form<__half, 8, 2, 1, 12, false>(), form<__half, 16, 2, 1, 8, false>(), form<__half, 32, 1, 4, 8, true>()};
+const Form kBfloatForms[] = {form<__nv_bfloat16, 8, 2, 1, 12, false>(), form<__nv_bfloat16, 16, 2, 1, 8, false>(),
+                             form<__nv_bfloat16, 32, 1, 4, 8, true>()};
 const Form kFloatForms[] = {form<float, 16, 1, 1, 8, false>(), form<float, 32, 1, 4, 8, true>()};
 
 int divided(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
@@ -1369,7 +1399,8 @@ uint32_t magic_of(int divisor) { return static_cast<uint32_t>((0x100000000ull + 
 bool is_plain(const fq_flat_quantize_params& params) { return params.n1 == 1 && params.n2 == 1; }
 
 // How the form would do the problem, if shared memory allows.
-bool plan_form(const Form& form, const fq_flat_quantize_params& params, const Prologue& prologue, const Device& device, Plan* plan, int* shared) {
+bool plan_form(const Form& form, const fq_flat_quantize_params& params, const Prologue& prologue, const Device& device, Plan* plan,
+               int* shared) {
   const int planes = params.dtype == FQ_FLOAT ? 2 : 1, block = params.n1 * params.n2, blocks = static_cast<int>(params.k / block);
   if (form.tiles_n * 8 < params.n2) return false;
   plan->strips = divided(params.n1, 16 * form.tiles_m);
@@ -1390,7 +1421,8 @@ bool plan_form(const Form& form, const fq_flat_quantize_params& params, const Pr
   const int pitch = form.tiles_n * 16 + 16;
   plan->left_bytes = form.direct ? 0 : plan->n1_padded * plan->left_pitch;
   plan->right_bytes = form.direct ? 0 : form.tiles_n * 8 * pitch;
-  plan->stage_bytes = planes * plan->blocks_per_round * (form.direct ? std::min(plan->n1_padded, kSliceLines / planes) : plan->n1_padded) * pitch;
+  plan->stage_bytes =
+      planes * plan->blocks_per_round * (form.direct ? std::min(plan->n1_padded, kSliceLines / planes) : plan->n1_padded) * pitch;
   // Runs of 16 codes are stored by the threads that have them; where they do not end with rows of n2, codes meet in shared memory.
   plan->codes_bytes = params.n2 % 16 == 0 ? 0 : plan->team_warps * 16 * form.tiles_m * (form.tiles_n * 8 + 16);
 
@@ -1426,7 +1458,9 @@ const Form* choose_form(const fq_flat_quantize_params& params, const Prologue& p
 const char* fits(const fq_flat_quantize_params& params, const Prologue& prologue, const Device& device) {
   Plan plan;
   int shared = 0;
-  return is_plain(params) || choose_form(params, prologue, device, &plan, &shared) != nullptr ? nullptr : "needs more shared memory than this device has";
+  return is_plain(params) || choose_form(params, prologue, device, &plan, &shared) != nullptr
+             ? nullptr
+             : "needs more shared memory than this device has";
 }
 
 Problem describe(const fq_flat_quantize_params& params, const Prologue& prologue) {
@@ -1475,7 +1509,8 @@ fq_status launch_plain(const fq_flat_quantize_params& params, const Problem& pro
   const bool vector = params.k % kVector == 0;
   const auto kernel = params.dtype == FQ_FLOAT16    ? vector ? plain_quantize<__half, kVector> : plain_quantize<__half, 1>
                       : params.dtype == FQ_BFLOAT16 ? vector ? plain_quantize<__nv_bfloat16, kVector> : plain_quantize<__nv_bfloat16, 1>
-                                                    : vector ? plain_quantize<float, kVector> : plain_quantize<float, 1>;
+                      : vector                      ? plain_quantize<float, kVector>
+                                                    : plain_quantize<float, 1>;
   kernel<<<divided(params.rows, teams), threads, 0, stream>>>(problem, team_warps);
   return check(cudaGetLastError(), "launch of plain_quantize");
 }
