@@ -139,9 +139,8 @@ def target_named(target: str | None) -> Target:
     try:
         kernel_for(_OP, capability=int(match[1]))
     except EngineError:
-        spans = (kernel.chosen for kernel in KERNELS if kernel.op == _OP)
-        choices = ", ".join(f"sm{low}" if low == high else f"sm{low} to sm{high}" for low, high in spans)
-        raise UsageError(f"there is no kernel for target {target!r}: choose from {choices}") from None
+        lowest, highest = zip(*(kernel.chosen for kernel in KERNELS if kernel.op == _OP), strict=True)
+        raise UsageError(f"there is no kernel for target {target!r}: choose sm{min(lowest)} to sm{max(highest)}") from None
     return Target(int(match[1]))
 
 

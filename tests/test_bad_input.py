@@ -231,7 +231,7 @@ def test_no_data(model: Path, tmp_path: Path) -> None:
         ("--device", "tpu", "'cuda'"),
         ("--group-size", "48", "'64'"),
         ("--target", "h200", "such as sm80, sm89 or sm90"),
-        ("--target", "sm75", "choose sm80 or later"),
+        ("--target", "sm75", "choose sm80 to sm129"),
         ("--seed", "-1", "out of range"),
         ("--calib-samples", "0", "x>=1"),
         ("--max-error", "-1", "x>=0"),
