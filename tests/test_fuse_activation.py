@@ -271,7 +271,7 @@ def test_a_large_channel_scale_stays_in_fp16(caplog: pytest.LogCaptureFixture) -
         values = inverse.const_value.numpy().copy()
         values[3] = 2 * LARGEST_FACTOR
         inverse.const_value = ir.tensor(values)
-        with caplog.at_level("INFO"):
+        with caplog.at_level("INFO", logger="fqonnx"):
             assert fits or left_alone(model)
         assert len(fused(model)) == fits
     assert "down.flat_quantize: its channel scale stays a node of its own" in caplog.text
