@@ -21,6 +21,7 @@ from rich.console import Console
 from fqonnx.bench import BASELINE, CANDIDATE, Bench, Latency, bench, print_bench, resolve_shapes
 from fqonnx.build import build
 from fqonnx.cli.bench import bench as bench_command
+from fqonnx.cli.terminal import quiet_libraries
 from fqonnx.devices import Memory, device_name
 from fqonnx.engines.onnxruntime import run as run_session
 from fqonnx.engines.onnxruntime import session
@@ -386,7 +387,8 @@ def test_work_is_summed_by_node_and_by_kernel() -> None:
 
 
 def invoke(*args: str | Path) -> Result:
-    return CliRunner().invoke(bench_command, [str(arg) for arg in args])
+    with quiet_libraries():  # as main() does: the command sets the log's level
+        return CliRunner().invoke(bench_command, [str(arg) for arg in args])
 
 
 def test_sets_of_shapes_on_the_command_line(mlp: Path, stacks: dict[str, Path]) -> None:
