@@ -114,3 +114,18 @@ def test_a_build_from_local_files_opens_no_connection(tmp_path: Path, monkeypatc
         probe.connect(("127.0.0.1", 9))
     model, data = write_mlp(tmp_path / "m.onnx"), write_data(tmp_path / "d.npz", samples=40)
     assert build(model, tmp_path / "out", recipe=Recipe(transform="hadamard", weights="gptq"), calib_data=str(data)).outputs
+
+
+def test_an_op_that_only_onnx_runtime_has_in_the_default_domain(tmp_path: Path) -> None:
+    """As generators of models for it write norms; ``onnx.checker`` refuses such a model, the runtime does not."""
+    proto, data = onnx.load(write_mlp(tmp_path / "m.onnx")), write_data(tmp_path / "d.npz", samples=40)
+    k = proto.graph.input[0].type.tensor_type.shape.dim[1].dim_value
+    proto.graph.initializer.append(numpy_helper.from_array(np.ones(k, np.float32), "gamma"))
+    norm = helper.make_node("SimplifiedLayerNormalization", ["x", "gamma"], ["normed"], name="norm", axis=-1, epsilon=1e-5)
+    proto.graph.node[0].input[0] = "normed"
+    proto.graph.node.insert(0, norm)
+    onnx.save(proto, tmp_path / "normed.onnx")
+    with pytest.raises(onnx.checker.ValidationError, match="SimplifiedLayerNormalization"):
+        onnx.checker.check_model(proto)
+    report = build(tmp_path / "normed.onnx", tmp_path / "out", recipe=Recipe(transform="none", weights="rtn"), calib_data=str(data))
+    assert report.outputs["y"].rel_l2 < 0.5
