@@ -31,6 +31,8 @@ _MOVES: dict[str, tuple[int, ...] | None] = {
 _COMPARES = frozenset({"And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "Or", "Xor"})
 _SCALES = frozenset({"Div", "Einsum", "MatMul", "Mul"})
 _CONTRIB = "com.microsoft"
+_TABLES_OF_POSITIONS = {"EmbedLayerNormalization": 3, "GroupQueryAttention": 7}
+"""Contrib operators with positions of their own, and the input that has a row for each: an embedding, the cosines of a rotary one."""
 _SLOTS: dict[str, dict[tuple[str, str], tuple[int, ...]]] = {
     "mask": {
         ("", "Attention"): (3,),
@@ -134,9 +136,10 @@ def sequence_limit(model: ir.Model) -> int | None:
     if evidence.high is not None:
         limits.append(evidence.high)
     for node in model.graph.all_nodes():
-        # The contrib operator makes positions itself, from the ids' shape.
-        if node.op_type == "EmbedLayerNormalization" and node.domain == _CONTRIB and len(node.inputs) > 3:
-            rows = _size(node.inputs[3], 0)
+        # These contrib operators count positions themselves: the ids, or what the keys' lengths say.
+        table = _TABLES_OF_POSITIONS.get(node.op_type) if node.domain == _CONTRIB else None
+        if table is not None and len(node.inputs) > table:
+            rows = _size(node.inputs[table], 0)
             limits += [] if rows is None else [rows]
     return min(limits, default=None)
 

@@ -460,3 +460,18 @@ def test_contrib_lookups_and_lengths() -> None:
     assert int(feed["total"]) == 144
     assert feed["where"].tolist() == [list(range(16, 144))]
     run(build(nodes, inputs, weights, infer=False), feed)
+
+
+def test_the_rotary_tables_of_attention_limit_past_and_sequence() -> None:
+    attention = node(
+        "GroupQueryAttention", ["q", "k", "v", "pk", "pv", "lengths", "total", "cos", "sin"], ["y", "a", "b"],
+        domain="com.microsoft", num_heads=1, kv_num_heads=1, do_rotary=1,
+    )  # fmt: skip
+    inputs = [value(name, FLOAT, ["batch", "sequence_length", 16]) for name in ("q", "k", "v")]
+    inputs += [value(name, FLOAT, ["batch", 1, "past_sequence_length", 16]) for name in ("pk", "pv")]
+    inputs += [value("lengths", TensorProto.INT32, ["batch"]), value("total", TensorProto.INT32, [])]
+    proto = build([attention], inputs, {"cos": np.ones((40, 8), np.float32), "sin": np.zeros((40, 8), np.float32)}, infer=False)
+    assert sequence_limit(ir.from_proto(proto)) == 40
+    feed = next(iter(RandomSource(ir.from_proto(proto))))
+    assert int(feed["total"]) == 40 == feed["pk"].shape[2] + feed["q"].shape[1]
+    run(proto, feed)
