@@ -573,7 +573,14 @@ def slow_build(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """``fqonnx plugin build`` in a process of its own, while a compiler runs; and that compiler's process."""
     log = script_compiler(tmp_path, monkeypatch, SLOW)
     command = [sys.executable, "-c", DRIVER, "plugin", "build", "--without", "onnxruntime", "--arch", "90a", "--jobs", "4", str(sources)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs, such as CI may be, are born deaf to Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no other thread forks here
+    ) as process:
         deadline = time.monotonic() + 60
         while not log.exists() or not log.read_text().strip():
             assert process.poll() is None, process.communicate()
