@@ -292,12 +292,19 @@ class _Worker:
             raise CalibrationError(answer["error"])
 
     def end(self) -> None:
+        # Both: one that waits for a task ends with its input, one at work by the signal. A handler of the interpreter's own (coverage has
+        # one) does not run while the process is about to wait, so that the signal alone could leave it waiting for ever.
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.terminate()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                with suppress(BrokenPipeError):
-                    stream.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
 
 
 def _seed(seed: int, name: str) -> int:
