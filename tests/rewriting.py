@@ -11,10 +11,13 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from fqonnx.calib.solution import GroupSolution
 from fqonnx.passes import linears
+from fqonnx.passes.pipeline import check
 from fqonnx.passes.prepare import prepare
+from tests.graph_text import graph_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -255,6 +258,24 @@ def run(model: ir.Model | onnx.ModelProto, arrays: Mapping[str, npt.NDArray[Any]
         name.removesuffix("/fp32"): value.numpy().astype(ml_dtypes.bfloat16) if name.endswith("/fp32") else value.numpy()
         for name, value in ran.items()
     }
+
+
+def fused_by(fuse: ir.passes.PassBase, op: str, model: ir.Model) -> list[ir.Node]:
+    """Run a pass that makes nodes whose type ends in ``op``; the model is valid before and after what became unused is gone."""
+    result = fuse(model)
+    check(model)
+    RemoveUnusedNodesPass()(model)
+    check(model)
+    nodes = [node for graph in model.graphs() for node in graph if node.op_type.endswith(op)]
+    assert result.modified == bool(nodes)
+    return nodes
+
+
+def left_alone_by(fuse: ir.passes.PassBase, model: ir.Model) -> bool:
+    """Whether a pass changes nothing, as it says."""
+    before = graph_text(model)
+    assert not fuse(model).modified
+    return graph_text(model) == before
 
 
 def _ort_value(array: npt.NDArray[Any]) -> ort.OrtValue:

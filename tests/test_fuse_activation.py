@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from fqonnx.passes.quantize import Quantize
 from fqonnx.recipe import SCHEMES, Recipe
 from fqonnx.verify import verify
 from tests.graph_text import graph_text
-from tests.rewriting import Builder, feed, found, gate_up, run, solve
+from tests.rewriting import Builder, feed, found, fused_by, gate_up, left_alone_by, run, solve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,20 +97,8 @@ def unfused(
     return model, groups, solutions
 
 
-def fused(model: ir.Model) -> list[ir.Node]:
-    result = FuseActivation()(model)
-    check(model)
-    RemoveUnusedNodesPass()(model)
-    check(model)
-    nodes = [node for graph in model.graphs() for node in graph if node.op_type == "SiluMulFlatQuantize"]
-    assert result.modified == bool(nodes)
-    return nodes
-
-
-def left_alone(model: ir.Model) -> bool:
-    before = graph_text(model)
-    assert not FuseActivation()(model).modified
-    return graph_text(model) == before
+fused = partial(fused_by, FuseActivation(), "SiluMulFlatQuantize")
+left_alone = partial(left_alone_by, FuseActivation())
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from fqonnx.passes.prepare import prepare
 from fqonnx.passes.quantize import Quantize
 from fqonnx.recipe import SCHEMES, Recipe
 from tests.graph_text import graph_text
-from tests.rewriting import NUMPY, Builder, feed, found, run, solve
+from tests.rewriting import NUMPY, Builder, feed, found, fused_by, left_alone_by, run, solve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -121,20 +122,8 @@ def unfused(proto: onnx.ModelProto, *, scheme: str = "w4a4", target: str | None 
     return model
 
 
-def fused(model: ir.Model) -> list[ir.Node]:
-    result = FuseNorm()(model)
-    check(model)
-    RemoveUnusedNodesPass()(model)
-    check(model)
-    nodes = [node for graph in model.graphs() for node in graph if node.op_type.endswith("RmsNormFlatQuantize")]
-    assert result.modified == bool(nodes)
-    return nodes
-
-
-def left_alone(model: ir.Model) -> bool:
-    before = graph_text(model)
-    assert not FuseNorm()(model).modified
-    return graph_text(model) == before
+fused = partial(fused_by, FuseNorm(), "RmsNormFlatQuantize")
+left_alone = partial(left_alone_by, FuseNorm())
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
