@@ -15,8 +15,11 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from fqonnx.calib.solution import GroupSolution
 from fqonnx.passes import linears
+from fqonnx.passes.fuse import Fuse, target_named
 from fqonnx.passes.pipeline import check
 from fqonnx.passes.prepare import prepare
+from fqonnx.passes.quantize import Quantize
+from fqonnx.recipe import SCHEMES, Recipe
 from tests.graph_text import graph_text
 
 if TYPE_CHECKING:
@@ -258,6 +261,21 @@ def run(model: ir.Model | onnx.ModelProto, arrays: Mapping[str, npt.NDArray[Any]
         name.removesuffix("/fp32"): value.numpy().astype(ml_dtypes.bfloat16) if name.endswith("/fp32") else value.numpy()
         for name, value in ran.items()
     }
+
+
+def unfused(
+    proto: onnx.ModelProto, *, scheme: str = "w4a4", target: str | None = None, keep: tuple[str, ...] = (), **solving: Any
+) -> tuple[ir.Model, tuple[LinearGroup, ...], dict[str, GroupSolution]]:
+    """The model as the passes before the fusing ones leave it, its groups and their solutions."""
+    model = prepare(ir.from_proto(proto))
+    groups = linears.find(model, keep=keep).groups
+    solutions = solve(groups, SCHEMES[scheme], **solving)
+    Quantize(groups, solutions.__getitem__, Recipe(scheme=scheme, transform="none", weights="rtn"))(model)
+    RemoveUnusedNodesPass()(model)
+    Fuse(target_named(target))(model)
+    RemoveUnusedNodesPass()(model)
+    check(model)
+    return model, groups, solutions
 
 
 def fused_by(fuse: ir.passes.PassBase, op: str, model: ir.Model) -> list[ir.Node]:

@@ -5,35 +5,28 @@ from __future__ import annotations
 import json
 from collections import Counter
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from fqonnx.ops import inline_bodies
 from fqonnx.ops.reference import silu_mul_flat_quantize, unpack_rows
-from fqonnx.passes import linears
 from fqonnx.passes.edit import GROUP_TAG
-from fqonnx.passes.fuse import Fuse, target_named
 from fqonnx.passes.fuse_activation import HALVES_TAG, LARGEST_FACTOR, FuseActivation, with_halves
 from fqonnx.passes.pipeline import check, quantize_model
-from fqonnx.passes.prepare import prepare
-from fqonnx.passes.quantize import Quantize
 from fqonnx.recipe import SCHEMES, Recipe
 from fqonnx.verify import verify
 from tests.graph_text import graph_text
-from tests.rewriting import Builder, feed, found, fused_by, gate_up, left_alone_by, run, solve
+from tests.rewriting import Builder, feed, found, fused_by, gate_up, left_alone_by, run, solve, unfused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from fqonnx.calib.solution import GroupSolution
-    from fqonnx.passes.groups import LinearGroup
 
 FP32, FP16, BF16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
 K, WIDE = 128, 96
@@ -80,21 +73,6 @@ def mlp(
     h = b.node("Mul", factors[::-1] if reversed_product else factors, "mul")
     b.output(b.linear(h, WIDE, K, "down"), ["batch", "tokens", K])
     return b.model()
-
-
-def unfused(
-    proto: onnx.ModelProto, *, scheme: str = "w4a4", target: str | None = None, keep: tuple[str, ...] = (), **solving: Any
-) -> tuple[ir.Model, tuple[LinearGroup, ...], dict[str, GroupSolution]]:
-    """The model as the passes before leave it."""
-    model = prepare(ir.from_proto(proto))
-    groups = linears.find(model, keep=keep).groups
-    solutions = solve(groups, SCHEMES[scheme], **solving)
-    Quantize(groups, solutions.__getitem__, Recipe(scheme=scheme, transform="none", weights="rtn"))(model)
-    RemoveUnusedNodesPass()(model)
-    Fuse(target_named(target))(model)
-    RemoveUnusedNodesPass()(model)
-    check(model)
-    return model, groups, solutions
 
 
 fused = partial(fused_by, FuseActivation(), "SiluMulFlatQuantize")

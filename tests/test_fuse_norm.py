@@ -11,18 +11,14 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from fqonnx.ops import inline_bodies
 from fqonnx.ops.reference import add_rms_norm_flat_quantize, rms_norm_flat_quantize, unpack_rows
-from fqonnx.passes import linears
 from fqonnx.passes.edit import GROUP_TAG
-from fqonnx.passes.fuse import Fuse, target_named
 from fqonnx.passes.fuse_norm import FuseNorm
 from fqonnx.passes.pipeline import check, quantize_model
-from fqonnx.passes.prepare import prepare
-from fqonnx.passes.quantize import Quantize
 from fqonnx.recipe import SCHEMES, Recipe
+from tests import rewriting
 from tests.graph_text import graph_text
 from tests.rewriting import NUMPY, Builder, feed, found, fused_by, left_alone_by, run, solve
 
@@ -111,14 +107,7 @@ def block(form: Callable[[Builder, str], str] = divided, dtype: int = FP32, *, r
 
 def unfused(proto: onnx.ModelProto, *, scheme: str = "w4a4", target: str | None = None, scaled: bool = True) -> ir.Model:
     """The model as the passes before leave it."""
-    model = prepare(ir.from_proto(proto))
-    groups = linears.find(model).groups
-    solutions = solve(groups, SCHEMES[scheme], scaled=scaled)
-    Quantize(groups, solutions.__getitem__, Recipe(scheme=scheme, transform="none", weights="rtn"))(model)
-    RemoveUnusedNodesPass()(model)
-    Fuse(target_named(target))(model)
-    RemoveUnusedNodesPass()(model)
-    check(model)
+    model, _, _ = rewriting.unfused(proto, scheme=scheme, target=target, scaled=scaled)
     return model
 
 
