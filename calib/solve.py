@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 from fqonnx.calib import stores
 from fqonnx.calib.registry import transform_named, weight_quantizer_named
-from fqonnx.calib.solution import GroupStats
+from fqonnx.calib.solution import GroupSolution, GroupStats
 from fqonnx.calib.stores import SolutionStore
 from fqonnx.errors import CalibrationError
 from fqonnx.progress import Silent
@@ -32,7 +32,6 @@ from fqonnx.recipe import Recipe
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from fqonnx.calib.solution import GroupSolution
     from fqonnx.calib.stores import StatsStore
     from fqonnx.passes.groups import LinearGroup
     from fqonnx.progress import Progress
@@ -52,6 +51,7 @@ class GroupTask:
     recipe: dict[str, Any]
     seed: int
     out_features: tuple[int, ...]
+    base: str | None = None
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> GroupTask:
@@ -67,6 +67,7 @@ def solve(
     workdir: Path,
     fingerprint: str,
     device: str = "cpu",
+    base: SolutionStore | None = None,
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> SolutionStore:
@@ -79,10 +80,11 @@ def solve(
     Args:
         groups: What to solve.
         stats: Statistics of the groups; None for a recipe that needs none.
-        recipe: How to solve.
+        recipe: How to solve, each group in its own scheme.
         workdir: Folder of the solutions (``groups/``).
         fingerprint: Digest of the model and the data; solutions of another one are not reused.
         device: ``cpu`` or ``cuda``.
+        base: Solutions of the same groups in another scheme, whose transforms are taken; None fits transforms for this scheme.
         jobs: Processes on the CPU; None takes one per core, or as many as find room in memory.
         progress: Where to tell how far it is.
 
@@ -93,8 +95,8 @@ def solve(
         CalibrationError: A group cannot be solved.
     """
     workdir = Path(workdir)
-    key = hashlib.sha256(json.dumps([fingerprint, recipe.to_dict(), device, _versions()], sort_keys=True).encode()).hexdigest()
-    store = SolutionStore(workdir / "groups", [group.name for group in groups], key)
+    keys = {group.name: _key(fingerprint, recipe.for_group(group.name), device, base, group.name) for group in groups}
+    store = SolutionStore(workdir / "groups", list(keys), keys)
     missing = [group for group in groups if not store.has(group.name)]
     if len(missing) < len(groups):
         logger.info("%d of %d groups were solved before", len(groups) - len(missing), len(groups))
@@ -103,13 +105,18 @@ def solve(
         if heavy and device == "cpu" and missing:
             # The widest first, so that no process is left alone with a long one at the end.
             missing.sort(key=lambda group: -group.in_features * group.out_features)
-            tasks = _Tasks(missing, stats, recipe, store, key, workdir)
+            tasks = _Tasks(missing, stats, recipe, store, base, workdir)
             _solve_in_processes(tasks, min(jobs or _processes(missing, stats), len(missing)), task.advance)
         else:
             for group in missing:
-                store.save(_solve_here(group, stats, recipe, device))
+                store.save(_solve_here(group, stats, recipe, device, base))
                 task.advance()
     return store
+
+
+def _key(fingerprint: str, recipe: Recipe, device: str, base: SolutionStore | None, group: str) -> str:
+    depends_on = [fingerprint, recipe.to_dict(), device, None if base is None else base.key(group), _versions()]
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
 
 
 def _processes(groups: Sequence[LinearGroup], stats: StatsStore | None) -> int:
@@ -153,17 +160,18 @@ def _number(path: Path, pattern: str, *, default: int) -> int:
     return int(found[1]) if found else default
 
 
-def _solve_here(group: LinearGroup, stats: StatsStore | None, recipe: Recipe, device: str) -> GroupSolution:
+def _solve_here(group: LinearGroup, stats: StatsStore | None, recipe: Recipe, device: str, base: SolutionStore | None) -> GroupSolution:
     from fqonnx.calib.solve_group import solve_group
 
     return solve_group(
         group.name,
         group.read_weights(),
         None if stats is None else stats.load(group.name),
-        recipe,
+        recipe.for_group(group.name),
         seed=_seed(recipe.seed, group.name),
         out_features=tuple(linear.out_features for linear in group.linears),
         device=device,
+        base=None if base is None else base(group.name),
     )
 
 
@@ -178,7 +186,15 @@ def run_task(task: GroupTask) -> None:
 
     stats = None if task.stats is None else GroupStats.from_arrays(stores.read(Path(task.stats)))
     weight = stores.read(Path(task.weight))["weight"]
-    solution = solve_group(task.name, weight, stats, Recipe.from_dict(task.recipe), seed=task.seed, out_features=task.out_features)
+    solution = solve_group(
+        task.name,
+        weight,
+        stats,
+        Recipe.from_dict(task.recipe),
+        seed=task.seed,
+        out_features=task.out_features,
+        base=None if task.base is None else GroupSolution.from_arrays(task.name, stores.read(Path(task.base)), {}),
+    )
     stores.write_solution(Path(task.result), solution, task.key)
 
 
@@ -191,11 +207,11 @@ class _Tasks:
         stats: StatsStore | None,
         recipe: Recipe,
         store: SolutionStore,
-        key: str,
+        base: SolutionStore | None,
         workdir: Path,
     ) -> None:
         self._groups = deque(groups)
-        self._stats, self._recipe, self._store, self._key = stats, recipe, store, key
+        self._stats, self._recipe, self._store, self._base = stats, recipe, store, base
         self._folder = workdir / "weights"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()  # weights are read by one thread at a time: memory, and the model's files are not thread-safe
@@ -213,10 +229,11 @@ class _Tasks:
             weight=str(weight),
             stats=None if self._stats is None else str(self._stats.path(group.name)),
             result=str(self._store.path(group.name)),
-            key=self._key,
-            recipe=self._recipe.to_dict(),
+            key=self._store.key(group.name),
+            recipe=self._recipe.for_group(group.name).to_dict(),
             seed=_seed(self._recipe.seed, group.name),
             out_features=tuple(linear.out_features for linear in group.linears),
+            base=None if self._base is None else str(self._base.path(group.name)),
         )
 
     def done(self, task: GroupTask) -> None:

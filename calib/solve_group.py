@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fqonnx.calib import moments
+from fqonnx.calib.adapt import adapt
 from fqonnx.calib.registry import transform_named, weight_quantizer_named
 from fqonnx.calib.solution import GroupSolution
 from fqonnx.calib.transforms.base import Problem
@@ -33,6 +34,7 @@ def solve_group(
     seed: int,
     out_features: tuple[int, ...] | None = None,
     device: str = "cpu",
+    base: GroupSolution | None = None,
 ) -> GroupSolution:
     """Quantize one group.
 
@@ -44,13 +46,14 @@ def solve_group(
         seed: Seed of this group's random choices.
         out_features: N of each linear in the stack; None is one linear.
         device: ``cpu`` or ``cuda``.
+        base: A solution of the group in another scheme, whose transform is taken; None fits one.
 
     Raises:
         CalibrationError: Weights or statistics hold NaN or Inf, statistics that the recipe needs are missing, or memory is out.
     """
     start = time.perf_counter()
     try:
-        return _solve(name, weight, stats, recipe, seed, out_features, torch.device(device), start)
+        return _solve(name, weight, stats, recipe, seed, out_features, torch.device(device), start, base)
     except CalibrationError as error:
         raise CalibrationError(f"group {name!r}: {error}") from None
     except torch.cuda.OutOfMemoryError:
@@ -70,6 +73,7 @@ def _solve(
     out_features: tuple[int, ...] | None,
     device: torch.device,
     start: float,
+    base: GroupSolution | None,
 ) -> GroupSolution:
     scheme = recipe.bits
     w = torch.from_numpy(weight).to(device)
@@ -87,7 +91,7 @@ def _solve(
         steps=recipe.steps,
         out_features=out_features,
     )
-    fitted = transform_named(recipe.transform).fit(problem)
+    fitted = transform_named(recipe.transform).fit(problem) if base is None else adapt(base, problem)
     folded = moments.fold(fitted, w)
     quantizer = weight_quantizer_named(recipe.weights)
     target, hessian = folded, None

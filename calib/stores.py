@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -82,9 +83,29 @@ class StatsStore(GroupStore):
 
 
 class SolutionStore(GroupStore):
-    """Solutions of groups; calling it with a group's name reads that solution."""
+    """Solutions of groups; calling it with a group's name reads that solution.
+
+    Args:
+        folder: The folder of the files; made where missing. Solutions of one group under other keys lie in it too.
+        names: The groups' names in order.
+        key: Digest of all that the solutions depend on, one for all or by name.
+    """
 
     what = "solution"
+
+    def __init__(self, folder: Path, names: Sequence[str], key: str | Mapping[str, str]) -> None:
+        super().__init__(folder, names, "")
+        self._keys = dict.fromkeys(names, key) if isinstance(key, str) else dict(key)
+        self._files = {name: folder / f"{_short_digest(name, self._keys[name])}.safetensors" for name in names}
+
+    def key(self, name: str) -> str:
+        """The key of the group's solution."""
+        return self._keys[name]
+
+    def has(self, name: str) -> bool:
+        """Whether the group's file is there, readable and of its key."""
+        metadata = read_metadata(self._files[name])
+        return bool(metadata.get("key") == self._keys[name] and metadata.get("group") == name)
 
     def __call__(self, name: str) -> GroupSolution:
         """Read one solution; nothing is kept.
@@ -96,7 +117,11 @@ class SolutionStore(GroupStore):
 
     def save(self, solution: GroupSolution) -> None:
         """Write one group's solution."""
-        write_solution(self._files[solution.group], solution, self._key)
+        write_solution(self._files[solution.group], solution, self._keys[solution.group])
+
+
+def _short_digest(*parts: str) -> str:
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=12).hexdigest()
 
 
 def write(path: Path, arrays: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, Any]) -> None:

@@ -45,6 +45,14 @@ recipe_options = group(
         "--scheme", type=click.Choice(list(SCHEMES)), help=f"Bits of weights (w) and activations (a).  [default: {Recipe.scheme}]"
     ),
     click.option(
+        "--group-scheme",
+        "schemes",
+        multiple=True,
+        callback=lambda _context, _option, values: _parse_group_schemes(values),
+        metavar="REGEX=SCHEME",
+        help="Scheme of the groups whose name matches, float to leave them alone; may be repeated, the first that matches decides.",
+    ),
+    click.option(
         "--transform", type=click.Choice(list(TRANSFORMS)), help=f"What makes a group's input flat.  [default: {Recipe.transform}]"
     ),
     click.option("--weights", type=click.Choice(list(WEIGHT_QUANTIZERS)), help=f"How weights are rounded.  [default: {Recipe.weights}]"),
@@ -127,6 +135,16 @@ def _read_table(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UsageError(f'--recipe {file} holds no table of choices: write for example {{"scheme": "w4a4"}}')
     return values
+
+
+def _parse_group_schemes(values: tuple[str, ...]) -> dict[str, str] | None:
+    pairs: dict[str, str] = {}
+    for value in values:
+        pattern, equals, scheme = value.rpartition("=")
+        if not (pattern and equals):
+            raise UsageError(f"--group-scheme {value!r} is no pair: write REGEX=SCHEME, such as 'down_proj=w4a8'")
+        pairs.setdefault(pattern, scheme)
+    return pairs or None
 
 
 def _parse_shapes(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> Shapes:

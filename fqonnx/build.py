@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from fqonnx.calib.stores import StatsStore
     from fqonnx.passes.groups import LinearGroup, Linears
     from fqonnx.progress import Progress
+    from fqonnx.recipe import Scheme
 
 MAX_ERROR = 0.5
 """Bound on the error where nothing is asked for: far above what a good recipe costs, and below what a ruined model shows."""
@@ -120,13 +121,13 @@ def build(
     # What is missing is told before the long work: kernels for the target, the engine, the kernels' library for verification.
     kernels = target_named(target)
     builder.require(target)
-    if device == "cuda" and recipe.bits.quantizes_activations:
-        onnxruntime.require_kernels()
     clock = _Clock()
     with artifact.Workspace(Path(out), force=force, resume=resume) as workspace:
         with clock("read"):
             float_model = _FloatModel.read(Path(model), recipe)
             _require_kernels(float_model.found.groups, recipe, kernels)
+            if device == "cuda" and any(recipe.scheme_of(group.name).quantizes_activations for group in float_model.found.groups):
+                onnxruntime.require_kernels()
             source = open_data(
                 float_model.model,
                 calib_data,
@@ -280,14 +281,14 @@ class _FloatModel:
 
     @classmethod
     def read(cls, path: Path, recipe: Recipe) -> _FloatModel:
-        from fqonnx.passes.linears import find
+        from fqonnx.passes.linears import find_for
         from fqonnx.passes.prepare import prepare
 
         model = model_file.load(path)
         model_file.require_float(model)
         fingerprint, float_bytes = _fingerprint(path, model), constant_bytes(model)
         model = prepare(model)
-        found = find(model, keep=recipe.keep, quantize_head=recipe.quantize_head, group_size=recipe.group_size)
+        found = find_for(model, recipe)
         if not found.groups:
             raise ModelError(f"{path} has nothing to quantize: {_why_nothing(found)}")
         return cls(path, model, found, fingerprint, float_bytes)
@@ -397,10 +398,10 @@ def _require_kernels(groups: Sequence[LinearGroup], recipe: Recipe, target: Targ
     Raises:
         EngineError: It has none for one; the message says why, and what to do.
     """
-    bits = recipe.bits
-    if not (bits.weight_bits == 4 and bits.quantizes_activations):
-        return
     for group in groups:
+        bits = recipe.scheme_of(group.name)
+        if not (bits.weight_bits == 4 and bits.quantizes_activations):
+            continue
         n, k = group.out_features, group.in_features
         try:
             target.lower(n=n, k=k, activation_bits=bits.activation_bits, group_size=recipe.group_size if recipe.group_size < k else 0)
@@ -451,7 +452,7 @@ def _write_model(
     from fqonnx.passes.pipeline import quantize_model
 
     model = quantize_model(float_model.model, float_model.found.groups, solution, recipe, target)
-    bindings = _bindings(model, [group.name for group in float_model.found.groups])
+    bindings = _bindings(model, {group.name: recipe.scheme_of(group.name) for group in float_model.found.groups})
     model_file.save(model, path)
     if unknown := _unknown_to_onnx(model):
         _log.info("the written model is not checked by onnx.checker, which does not know %s", ", ".join(unknown))
@@ -468,10 +469,16 @@ def _unknown_to_onnx(model: ir.Model) -> list[str]:
     return sorted(op for op in ops if not onnx.defs.has(op))
 
 
-def _bindings(model: ir.Model, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """By group, what multiplies: the op, and for ``W4A4Gemm`` its kernel and how its operands are stored, as the passes noted it."""
+def _bindings(model: ir.Model, schemes: Mapping[str, Scheme]) -> dict[str, dict[str, Any]]:
+    """By group, what multiplies: the op, and for ``W4A4Gemm`` its kernel and how its operands are stored, as the passes noted it.
+
+    What has no kernel is a product of dequantized operands in the activation's type, behind ``FlatQuantize`` where activations have codes.
+    """
     instructions = {kernel.name: kernel.instruction for kernel in KERNELS if kernel.op == "W4A4Gemm"}
-    bindings: dict[str, dict[str, Any]] = {name: {"op": "DequantizeLinear + MatMul"} for name in names}
+    bindings: dict[str, dict[str, Any]] = {
+        name: {"op": f"{'FlatQuantize + ' if scheme.quantizes_activations else ''}DequantizeLinear + MatMul"}
+        for name, scheme in schemes.items()
+    }
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         group, lowering = node.metadata_props.get(GROUP_TAG), node.metadata_props.get(LOWERING_TAG)
         if node.op_type == "W4A4Gemm" and group in bindings and lowering is not None:
@@ -482,6 +489,7 @@ def _bindings(model: ir.Model, names: Sequence[str]) -> dict[str, dict[str, Any]
 
 def _describe(group: LinearGroup, solution: GroupSolution, recipe: Recipe, binding: dict[str, Any]) -> tuple[GroupReport, dict[str, Any]]:
     """A group's entries in the report and in the manifest."""
+    recipe = recipe.for_group(group.name)
     transform: dict[str, Any] = {
         "name": recipe.transform,
         "channel_scale": solution.channel_scale is not None,
@@ -495,6 +503,7 @@ def _describe(group: LinearGroup, solution: GroupSolution, recipe: Recipe, bindi
             {"name": linear.name, "in_features": linear.in_features, "out_features": linear.out_features} for linear in group.linears
         ],
         "transform": transform,
+        "scheme": recipe.scheme,
         "weight_bits": recipe.bits.weight_bits,
         "activation_bits": recipe.bits.activation_bits,
         "scales": list(solution.scales.shape),

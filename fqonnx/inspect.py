@@ -101,7 +101,7 @@ def inspect(path: Path | str, *, recipe: Recipe | None = None) -> Inspection:
     }
     float_bytes = constant_bytes(model)
     model = prepare(model)
-    found = linear_pass.find(model, keep=recipe.keep, quantize_head=recipe.quantize_head, group_size=recipe.group_size)
+    found = linear_pass.find_for(model, recipe)
     groups = tuple(_inspect_group(group, recipe) for group in found.groups)
     saved = sum(group.float_bytes - group.quantized_bytes for group in groups)
     return Inspection(
@@ -126,7 +126,7 @@ def _inspect_group(group: LinearGroup, recipe: Recipe) -> GroupInspection:
         out_features=group.out_features,
         scale_folds_into_norm=group.norm is not None,
         float_bytes=int(weights * itemsize),
-        quantized_bytes=weights * recipe.bits.weight_bits // 8 + scales * _SCALE_BYTES,
+        quantized_bytes=weights * recipe.scheme_of(group.name).weight_bits // 8 + scales * _SCALE_BYTES,
     )
 
 

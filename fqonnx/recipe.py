@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fqonnx.errors import UsageError
@@ -33,6 +33,12 @@ SCHEMES = {
     s.name: s for s in (Scheme("w4a4", 4, 4), Scheme("w4a8", 4, 8), Scheme("w8a8", 8, 8), Scheme("w4a16", 4, 16), Scheme("w8a16", 8, 16))
 }
 
+FLOAT = Scheme("float", 16, 16)
+"""What a group that is left in float counts as, whatever float type the model was exported in: deployed it is 16 bits."""
+
+GROUP_SCHEMES = {**SCHEMES, FLOAT.name: FLOAT}
+"""What a single group may be given."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -40,6 +46,8 @@ class Recipe:
 
     Attributes:
         scheme: A key of ``SCHEMES``.
+        schemes: Schemes of single groups, pairs of a group's name or a regular expression (``re.search`` on that name) and a key of
+            ``GROUP_SCHEMES``. A pair with the very name of a group decides, else the first that matches, else ``scheme``.
         transform: A key of ``fqonnx.calib.transforms.TRANSFORMS``.
         weights: A key of ``fqonnx.calib.weights.WEIGHT_QUANTIZERS``.
         group_size: Weights along K that share a scale, one of ``GROUP_SIZES``; 0 is per output channel.
@@ -53,6 +61,7 @@ class Recipe:
     """
 
     scheme: str = "w4a4"
+    schemes: tuple[tuple[str, str], ...] = ()
     transform: str = "flatquant"
     weights: str = "gptq"
     group_size: int = 0
@@ -66,6 +75,9 @@ class Recipe:
         from fqonnx.calib.weights import WEIGHT_QUANTIZERS
 
         _one_of("scheme", self.scheme, SCHEMES)
+        for pattern, scheme in self.schemes:
+            _one_of(f"scheme of group {pattern!r}", scheme, GROUP_SCHEMES)
+            _regular_expression("--group-scheme", pattern)
         _one_of("transform", self.transform, TRANSFORMS)
         _one_of("weights", self.weights, WEIGHT_QUANTIZERS)
         _one_of("group size", self.group_size, GROUP_SIZES)
@@ -74,19 +86,32 @@ class Recipe:
         if self.steps is not None and self.steps < 1:
             raise UsageError(f"steps {self.steps} is out of range: give 1 or more")
         for pattern in self.keep:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise UsageError(f"--keep {pattern!r} is not a regular expression: {error}") from None
+            _regular_expression("--keep", pattern)
 
     @property
     def bits(self) -> Scheme:
         """The scheme's bit widths."""
         return SCHEMES[self.scheme]
 
+    def scheme_of(self, group: str) -> Scheme:
+        """The scheme of the group of that name."""
+        exact = dict(self.schemes).get(group)
+        name = exact or next((scheme for pattern, scheme in self.schemes if re.search(pattern, group)), self.scheme)
+        return GROUP_SCHEMES[name]
+
+    def for_group(self, group: str) -> Recipe:
+        """The recipe of one group that is quantized: the same for every group but for what ``schemes`` say of it.
+
+        A group that is given w8a16 among others takes no transform: float activations have no outliers to flatten, 8-bit weights hardly
+        feel theirs, and the transform would cost time online.
+        """
+        scheme = self.scheme_of(group).name
+        plain = scheme == "w8a16" and scheme != self.scheme
+        return replace(self, scheme=scheme, schemes=(), transform="none" if plain else self.transform)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, for the manifest; ``Recipe.from_dict`` reads it back."""
-        return asdict(self) | {"keep": list(self.keep)}
+        return asdict(self) | {"keep": list(self.keep), "schemes": dict(self.schemes)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
@@ -102,7 +127,7 @@ class Recipe:
             said, fits = _KINDS[key]
             if not fits(value):
                 raise UsageError(f"recipe key {key!r} is {value!r}: give {said}")
-        return cls(**{**values, "keep": tuple(values.get("keep", ()))})
+        return cls(**{**values, "keep": tuple(values.get("keep", ())), "schemes": tuple(values.get("schemes", {}).items())})
 
 
 def _is_text(value: object) -> bool:
@@ -115,6 +140,7 @@ def _is_integer(value: object) -> bool:
 
 _KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "scheme": ("a name", _is_text),
+    "schemes": ("a table of schemes by group", lambda value: isinstance(value, dict) and all(map(_is_text, value.values()))),
     "transform": ("a name", _is_text),
     "weights": ("a name", _is_text),
     "group_size": ("an integer", _is_integer),
@@ -129,3 +155,10 @@ _KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
 def _one_of(what: str, value: object, choices: Any) -> None:
     if value not in choices:
         raise UsageError(f"unknown {what} {value!r}: choose from {', '.join(str(c) for c in choices)}")
+
+
+def _regular_expression(option: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"{option} {pattern!r} is not a regular expression: {error}") from None

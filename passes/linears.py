@@ -15,9 +15,12 @@ import onnx_ir as ir
 from fqonnx.passes.constants import dtype_of, is_constant, is_float, read, shape_of, sources
 from fqonnx.passes.groups import Array, LeftInFloat, Linear, LinearGroup, Linears
 from fqonnx.passes.norms import find_site
+from fqonnx.recipe import FLOAT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from fqonnx.recipe import Recipe
 
 MIN_FEATURES = 32
 """Linears narrower than this in K or N stay in float: what they cost is not worth an online transform."""
@@ -79,6 +82,18 @@ def find(model: ir.Model, *, keep: Sequence[str] = (), quantize_head: bool = Fal
         else:
             left.append(LeftInFloat(name, node.op_type, reason, _constant_shape(node)))
     return Linears(_groups(linears), tuple(left))
+
+
+def find_for(model: ir.Model, recipe: Recipe) -> Linears:
+    """What a build by ``recipe`` quantizes: ``find``, less the groups that the recipe gives the scheme ``float``."""
+    found = find(model, keep=recipe.keep, quantize_head=recipe.quantize_head, group_size=recipe.group_size)
+    kept = [group for group in found.groups if recipe.scheme_of(group.name) == FLOAT]
+    left = [
+        LeftInFloat(linear.name, linear.nodes[0].op_type, "its group is given the scheme float", _constant_shape(linear.nodes[0]))
+        for group in kept
+        for linear in group.linears
+    ]
+    return Linears(tuple(group for group in found.groups if group not in kept), (*found.left_in_float, *left))
 
 
 # --- Products: one matcher per op, each a _Product or the reason why the op is none -----------------------------------------------------

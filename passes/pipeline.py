@@ -56,7 +56,7 @@ def quantize_model(
         model: From ``fqonnx.passes.prepare``.
         groups: From ``fqonnx.passes.linears.find`` on this very model.
         solution: Loads a group's solution by the group's name.
-        recipe: Its scheme gives the bit widths.
+        recipe: Gives each group's bit widths.
         target: GPU whose kernels the operands are stored for, such as ``sm90``; None for none in particular.
         validate: Check the model after every pass; None does so where the environment sets ``FQONNX_DEBUG=1``.
 

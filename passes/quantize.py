@@ -52,7 +52,7 @@ class Quantize(ir.passes.InPlacePass):
         groups: From ``fqonnx.passes.linears.find`` on the very model that the pass is called with.
         solution: Loads a group's solution by the group's name. It is called when the pass runs and again when the model is written;
             the last one loaded is kept.
-        recipe: Its scheme gives the bit widths.
+        recipe: Gives each group's bit widths.
 
     Raises:
         CalibrationError: A solution does not fit its group, or a channel scale leaves the range of the activation's type.
@@ -61,7 +61,7 @@ class Quantize(ir.passes.InPlacePass):
     def __init__(self, groups: Sequence[LinearGroup], solution: Callable[[str], GroupSolution], recipe: Recipe) -> None:
         super().__init__()
         self.groups = tuple(groups)
-        self.scheme = recipe.bits
+        self.recipe = recipe
         self._solution = lru_cache(maxsize=1)(solution)
 
     def requires(self, model: ir.Model) -> None:
@@ -82,7 +82,7 @@ class Quantize(ir.passes.InPlacePass):
         names = Names(model)
         replaced: dict[ir.Value, ir.Value] = {}
         for group in self.groups:
-            _Rewrite(group, self._solution, self.scheme, names, replaced).run()
+            _Rewrite(group, self._solution, self.recipe.scheme_of(group.name), names, replaced).run()
         if self.groups:
             model.ir_version = max(model.ir_version, MIN_IR_VERSION)
             add_functions(model)

@@ -21,7 +21,7 @@ from fqonnx.passes.pipeline import check
 from fqonnx.passes.quantize import Quantize
 from fqonnx.recipe import SCHEMES, Recipe
 from tests.graph_text import graph_text
-from tests.rewriting import MODELS, NUMPY, Builder, feed, found, gate_up, mlp, qkv, run, shared_norm, solve
+from tests.rewriting import MODELS, NUMPY, Builder, chain, feed, found, gate_up, mlp, qkv, run, shared_norm, solve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -118,6 +118,29 @@ def test_group_scales_partial_transforms_and_fp16(dtype: int, scheme: str, solvi
     proto = gate_up(dtype)
     model, groups, solutions = quantized(proto, scheme, **solving)
     assert_each_linear_is_its_math(model, groups, solutions, scheme, feed(proto), dtype)
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16], ids=["fp32", "fp16"])
+def test_every_group_in_its_own_scheme(dtype: int) -> None:
+    """Each group of a chain in another scheme, on its way to the ops: each computes its own math."""
+    proto, chosen = chain(dtype), ("w4a4", "w8a16", "w4a8")
+    model, groups = found(proto)
+    schemes = {group.name: scheme for group, scheme in zip(groups, chosen, strict=True)}
+    solutions = {name: solve(groups, SCHEMES[scheme])[name] for name, scheme in schemes.items()}
+    mixed = Recipe(schemes=tuple(schemes.items()), transform="none", weights="rtn")
+    assert Quantize(groups, solutions.__getitem__, mixed)(model).modified
+    check(model)
+    arrays = feed(proto)
+    taps = [name for g in groups for name in (g.input.name, *(linear.output.name for linear in g.linears)) if name]
+    quantizing = [group.name for group in groups if SCHEMES[schemes[group.name]].quantizes_activations]
+    taps += [f"{name}.flat_quantize.{output}" for name in quantizing for output in ("q", "scale")]
+    tapped = arrays | run(model, arrays, tuple(tap for tap in taps if tap not in arrays))
+    for group in groups:
+        expected = expected_outputs(group, solutions[group.name], schemes[group.name], tapped, dtype)
+        for linear, wanted in zip(group.linears, expected, strict=True):
+            assert relative(tapped[linear.output.name or ""], wanted) < TOLERANCE[dtype], linear.name
+    weights = {name: value.dtype for name, value in model.graph.initializers.items() if ".weight_int" in name}
+    assert {name.partition(".weight_int")[2] for name in weights} == {"4", "8"}
 
 
 @pytest.mark.parametrize("rank", [2, 3, 4])

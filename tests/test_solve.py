@@ -96,8 +96,8 @@ def test_solved_groups_are_kept_and_other_settings_are_not(tmp_path: Path, stats
     written = [store.path(g.name).stat().st_mtime_ns for g in GROUPS]
     solve(GROUPS, stats, RECIPE, workdir=tmp_path, fingerprint="f", jobs=1)
     assert [store.path(g.name).stat().st_mtime_ns for g in GROUPS] == written
-    solve(GROUPS, stats, RECIPE, workdir=tmp_path, fingerprint="other", jobs=1)
-    assert all(store.path(g.name).stat().st_mtime_ns > before for g, before in zip(GROUPS, written, strict=True))
+    other = solve(GROUPS, stats, RECIPE, workdir=tmp_path, fingerprint="other", jobs=1)
+    assert all(other.path(g.name).stat().st_mtime_ns > before for g, before in zip(GROUPS, written, strict=True))
 
 
 def test_error_in_a_worker_reaches_the_caller_in_one_line(tmp_path: Path, stats: StatsStore) -> None:
