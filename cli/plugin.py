@@ -25,7 +25,9 @@ def plugin() -> None:
     metavar="ARCH",
     help="Compile for this compute capability only, such as 90a; repeat for several.  [default: all]",
 )
-@click.option("--without", multiple=True, metavar="PART", help="Leave a part out: onnxruntime, which needs ONNX Runtime's headers.")
+@click.option(
+    "--without", multiple=True, metavar="PART", help="Leave a part out: onnxruntime, which needs ONNX Runtime's headers, or tensorrt."
+)
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Compilers at a time.  [default: one per CPU]")
 @click.option("--force", is_flag=True, help="Compile everything anew.")
 @options.json_option

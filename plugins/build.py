@@ -47,7 +47,7 @@ class Built:
         key: Hash of all that the library depends on.
         compiler: Such as ``nvcc 13.0.88``.
         architectures: Those that were asked for.
-        parts: Such as ``kernels`` and ``onnxruntime``.
+        parts: Such as ``kernels``, ``onnxruntime`` and ``tensorrt``.
         left_out: Sources that were not compiled, none of whose architectures were asked for or whose part was not wanted.
         seconds: That the build took.
         kernels: By source, the resources of its kernels.
@@ -83,7 +83,7 @@ def build(
 
     Args:
         architectures: Those to compile for; all of ``sources.txt`` where empty.
-        without: Parts to leave out: ``onnxruntime``.
+        without: Parts to leave out: ``onnxruntime``, ``tensorrt``.
         force: Compile everything anew.
         jobs: Compilers at a time; None is one per CPU that this process may use.
         progress: Where to tell how far it is.

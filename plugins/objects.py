@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 
 from fqonnx.errors import EngineError
 from fqonnx.plugins import library
-from fqonnx.plugins.toolchain import Toolchain, find_ort_headers
+from fqonnx.plugins.toolchain import Toolchain, find_ort_headers, find_tensorrt_headers
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Sequence
 
     from fqonnx.plugins.sources import Source
     from fqonnx.progress import Task
@@ -33,7 +33,10 @@ FORMAT = 1
 """Of what is kept; a change makes what was there before unknown."""
 
 LINK_FLAGS = ("-shared", "--no-device-link", "-cudart=static", "-Xlinker=-z,defs", "-Xlinker=-s")
-ONNXRUNTIME = "onnxruntime"
+
+TENSORRT = "tensorrt"
+_HEADERS: dict[str, Callable[[], Path | None]] = {"onnxruntime": find_ort_headers, TENSORRT: find_tensorrt_headers}
+"""By part of the library, how to find the headers that are not ours; None: there are none, and it does without."""
 
 _COMMON_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra")
 _DEVICE_FLAGS = ("-Xptxas=-v",)
@@ -54,7 +57,7 @@ class Plan:
         source_hash: Of all sources, which the library tells.
 
     Raises:
-        EngineError: ONNX Runtime's headers are needed and missing.
+        EngineError: ONNX Runtime's headers are needed and missing, or those that ``TENSORRT_INCLUDE_DIR`` names.
     """
 
     def __init__(self, folder: Path, toolchain: Toolchain, architectures: tuple[str, ...], sources: list[Source], source_hash: str) -> None:
@@ -65,7 +68,8 @@ class Plan:
         self.source_hash = source_hash
         self.includes = [folder, folder / "kernels"]
         self.compiler = f"nvcc-{toolchain.version}"
-        self.ort = find_ort_headers() if any(source.part == ONNXRUNTIME for source in sources) else None
+        parts = {source.part for source in sources}
+        self.headers = {part: there for part, find in _HEADERS.items() if part in parts and (there := find()) is not None}
         self.keys = {source.name: self._key(source) for source in sources}
         exports = (folder / library.EXPORTS).read_text(encoding="utf-8")
         self.key = hash_of(FORMAT, self.keys, LINK_FLAGS, exports)
@@ -88,6 +92,8 @@ class Plan:
             flags.append(f"-gencode=arch=compute_{name},code=[sm_{name}{ptx}]")
         if names:
             flags += _DEVICE_FLAGS
+        elif source.part == TENSORRT and TENSORRT in self.headers:
+            flags.append("-DFQ_TENSORRT_SDK")
         elif source.part == "kernels":
             told = {"ARCHITECTURES": ",".join(self.architectures), "COMPILER": self.compiler, "SOURCES": self.source_hash}
             flags += [f'-DFQ_{name}="{value}"' for name, value in told.items()]
@@ -96,16 +102,16 @@ class Plan:
     def command(self, source: Source, out: Path, threads: int) -> list[str]:
         """The command line that compiles a source; ``threads`` is how many architectures at a time."""
         paths = [f"-I{folder}" for folder in self.includes]
-        if self.ort is not None and source.part == ONNXRUNTIME:
-            paths += ["-isystem", str(self.ort)]
+        if source.part in self.headers:
+            paths += ["-isystem", str(self.headers[source.part])]
         path = str(self.folder / source.name)
         return [str(self.toolchain.nvcc), *self.flags(source), f"--threads={threads}", *paths, "-c", path, "-o", str(out)]
 
     def _key(self, source: Source) -> str:
         seen: dict[Path, str] = {}
         self._read(self.folder / source.name, seen)
-        if self.ort is not None and source.part == ONNXRUNTIME:
-            seen.update((path, sha256_of(path)) for path in sorted(self.ort.rglob("*.h")))
+        if source.part in self.headers:
+            seen.update((path, sha256_of(path)) for path in _headers_of_others(self.headers[source.part], source.part))
         content = sorted((path.name, digest) for path, digest in seen.items())
         return hash_of(FORMAT, self.toolchain.identity, self.flags(source), content)
 
@@ -118,6 +124,11 @@ class Plan:
             found = next((place / name for place in (path.parent, *self.includes) if (place / name).is_file()), None)
             if found is not None:
                 self._read(found.resolve(), seen)
+
+
+def _headers_of_others(folder: Path, part: str) -> Iterable[Path]:
+    """What an object of that part may include from that folder; TensorRT's headers may lie among all of the system's."""
+    return sorted(folder.glob("Nv*.h") if part == TENSORRT else folder.rglob("*.h"))
 
 
 @dataclass(frozen=True)

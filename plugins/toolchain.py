@@ -19,9 +19,15 @@ HOW_TO_GET_ORT = (
 )
 
 _ORT_HEADER = "onnxruntime_c_api.h"
+_TENSORRT_HEADER = "NvInferRuntime.h"
+_TENSORRT_OLDEST = (10, 13)
 _SYSTEM_TOOLKIT = Path("/usr/local/cuda")
 _SYSTEM_INCLUDES = [
     Path(root) / "include" / folder for root in ("/usr", "/usr/local") for folder in ("onnxruntime", "onnxruntime/core/session")
+]
+_SYSTEM_TENSORRT = [
+    Path(folder)
+    for folder in ("/usr/include/x86_64-linux-gnu", "/usr/include/aarch64-linux-gnu", "/usr/include", "/usr/local/tensorrt/include")
 ]
 
 
@@ -82,6 +88,37 @@ def find_ort_headers() -> Path:
         if (folder / _ORT_HEADER).is_file():
             return folder.resolve()
     raise EngineError(f"ONNX Runtime's C headers are missing: {HOW_TO_GET_ORT}")
+
+
+def find_tensorrt_headers() -> Path | None:
+    """The folder of TensorRT's C++ headers, 10.13 or newer: ``TENSORRT_INCLUDE_DIR``, else where the system keeps them.
+
+    None where there are none: the library then declares the interfaces itself.
+
+    Raises:
+        EngineError: ``TENSORRT_INCLUDE_DIR`` names a folder without them, or with older ones.
+    """
+    oldest = ".".join(map(str, _TENSORRT_OLDEST))
+    if named := os.environ.get("TENSORRT_INCLUDE_DIR", ""):
+        version = _tensorrt_version(Path(named))
+        if version is None:
+            raise EngineError(f"TENSORRT_INCLUDE_DIR is {named}, and there is no {_TENSORRT_HEADER} in it: correct it, or unset it")
+        if version < _TENSORRT_OLDEST:
+            told = ".".join(map(str, version))
+            raise EngineError(f"TENSORRT_INCLUDE_DIR is {named}, TensorRT {told}: plugins need {oldest} or newer: correct it, or unset it")
+        return Path(named).resolve()
+    return next((folder.resolve() for folder in _SYSTEM_TENSORRT if (_tensorrt_version(folder) or (0, 0)) >= _TENSORRT_OLDEST), None)
+
+
+def _tensorrt_version(folder: Path) -> tuple[int, int] | None:
+    """Of the headers in a folder; None where there are none."""
+    if not (folder / _TENSORRT_HEADER).is_file():
+        return None
+    path = folder / "NvInferVersion.h"
+    told = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    # NV_TENSORRT_MAJOR is a number itself, or stands for one of the other name.
+    found = [re.search(rf"define (?:NV_TENSORRT_{part}|TRT_{part}_ENTERPRISE)\s+(\d+)", told) for part in ("MAJOR", "MINOR")]
+    return (int(found[0][1]), int(found[1][1])) if found[0] and found[1] else (0, 0)
 
 
 def _find_nvcc() -> Path:

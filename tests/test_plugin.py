@@ -554,6 +554,82 @@ def test_headers_are_part_of_what_an_object_depends_on(
         assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == str(number)
 
 
+TENSORRT = """
+#ifdef FQ_TENSORRT_SDK
+#include <NvInferRuntime.h>
+#else
+#define TENSORRT_NUMBER 0
+#endif
+extern "C" __attribute__((visibility("default"))) int getCreators() { return TENSORRT_NUMBER; }
+"""
+
+
+@pytest.fixture
+def tensorrt_sources(sources: Path, compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Sources with a part for TensorRT, on a machine that has no headers of it."""
+    (sources / "tensorrt").mkdir()
+    (sources / "tensorrt" / "plugins.cpp").write_text(TENSORRT)
+    with (sources / "sources.txt").open("a") as file:
+        file.write("tensorrt/plugins.cpp host\n")
+    monkeypatch.delenv("TENSORRT_INCLUDE_DIR", raising=False)
+    monkeypatch.setattr(toolchain, "_SYSTEM_TENSORRT", [tmp_path / "none", tmp_path / "system"])
+    return sources
+
+
+def tensorrt_headers(folder: Path, version: str, number: int) -> Path:
+    """Headers as TensorRT's are: the version's macros stand for others in some releases."""
+    folder.mkdir(exist_ok=True)
+    major, minor = version.split(".")
+    direct = f"#define NV_TENSORRT_MAJOR {major} //!< major\n#define NV_TENSORRT_MINOR {minor} //!< minor\n"
+    named = f"#define TRT_MAJOR_ENTERPRISE {major}\n#define TRT_MINOR_ENTERPRISE {minor}\n#define NV_TENSORRT_MAJOR TRT_MAJOR_ENTERPRISE\n"
+    (folder / "NvInferVersion.h").write_text(named if int(minor) % 2 else direct)
+    (folder / "NvInferRuntime.h").write_text(f"#define TENSORRT_NUMBER {number}\n")
+    return folder
+
+
+def creators(path: Path) -> int:
+    code = f"import ctypes; print(ctypes.CDLL({str(path)!r}).getCreators())"
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def test_tensorrt_needs_no_headers(tensorrt_sources: Path, compiler: Path) -> None:
+    built = build(folder=tensorrt_sources, without=WITHOUT)
+    assert built.parts == ("kernels", "tensorrt")
+    assert creators(built.path) == 0
+    assert "FQ_TENSORRT_SDK" not in compiler.read_text()
+    left = build(folder=tensorrt_sources, without=["onnxruntime", "tensorrt"])
+    assert left.parts == ("kernels",)
+    assert "tensorrt/plugins.cpp" in left.left_out
+
+
+def test_tensorrt_headers_that_are_there_are_used(
+    tensorrt_sources: Path, compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version, number in (("10.12", 1), ("10.13", 2), ("11.4", 3)):  # too old, and two that do
+        tensorrt_headers(tmp_path / "system", version, number)
+        assert creators(build(folder=tensorrt_sources, without=WITHOUT).path) == (0 if number == 1 else number)
+        assert compiled(compiler).count("plugins.cpp") == 1
+    named = tensorrt_headers(tmp_path / "named", "11.0", 4)
+    monkeypatch.setenv("TENSORRT_INCLUDE_DIR", str(named))
+    assert creators(build(folder=tensorrt_sources, without=WITHOUT).path) == 4
+    (named / "NvInferRuntime.h").write_text("#define TENSORRT_NUMBER 5\n")
+    assert creators(build(folder=tensorrt_sources, without=WITHOUT).path) == 5
+
+
+def test_tensorrt_headers_that_do_not_do(tensorrt_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSORRT_INCLUDE_DIR", str(tmp_path))
+    with pytest.raises(
+        EngineError, match=f"TENSORRT_INCLUDE_DIR is {tmp_path}, and there is no NvInferRuntime.h in it: correct it, or unset it"
+    ):
+        build(folder=tensorrt_sources, without=WITHOUT)
+    monkeypatch.setenv("TENSORRT_INCLUDE_DIR", str(tensorrt_headers(tmp_path / "old", "10.9", 1)))
+    with pytest.raises(EngineError, match=r"TENSORRT_INCLUDE_DIR is .*/old, TensorRT 10\.9: plugins need 10\.13 or newer"):
+        build(folder=tensorrt_sources, without=WITHOUT)
+    (tmp_path / "old" / "NvInferVersion.h").unlink()
+    with pytest.raises(EngineError, match=r"TensorRT 0\.0: plugins need 10\.13 or newer"):
+        build(folder=tensorrt_sources, without=WITHOUT)
+
+
 # --- interruptions ----------------------------------------------------------------------------------------------------------------------
 
 SLOW = 'case "$*" in *newer.cu*) echo $$ > "$LOG"; sleep 100;; esac\n' + QUICK.replace('echo "$@" >> "$LOG"', "")
@@ -708,7 +784,7 @@ def test_cmake_compiles_the_same_for_the_same(tmp_path: Path) -> None:
     commands = {
         entry["file"].rpartition("plugins/")[2]: entry["command"] for entry in json.loads((tmp_path / "compile_commands.json").read_text())
     }
-    sources = [source for source in read_sources(PLUGINS) if source.part == "kernels"]
+    sources = [source for source in read_sources(PLUGINS) if source.part != "onnxruntime"]
     assert commands.keys() == {source.name for source in sources}
     for source in sources:
         wanted = {code for name in source.architectures for code in (f"sm_{name}", *(["compute_80"] if name == "80" else []))}

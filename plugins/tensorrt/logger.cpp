@@ -1,0 +1,104 @@
+// TensorRT hands its logger over by setLoggerFinder. Its interface is the one of ours that differs between TensorRT 10 and 11: from 11 on
+// ILogger and ILoggerFinder begin with the functions of IVersionedInterface. Which of the two a finder is follows from the version of the
+// library that it belongs to, so that one libfqonnx.so serves both, and several in one process.
+#include "logger.h"
+
+#include <dlfcn.h>
+#include <link.h>
+
+#include <atomic>
+#include <cstdint>
+#include <cstdio>
+
+#include "../kernels/fqonnx.h"
+
+namespace fq::trt {
+
+// Not in an unnamed namespace: nothing here derives from these, from which the compiler would conclude that nothing at all does.
+namespace abi {
+
+enum class Severity : int32_t { kERROR = 1 };
+
+namespace v10 {
+
+class ILogger {
+ public:
+  virtual void log(Severity severity, const char* message) noexcept = 0;
+  virtual ~ILogger() = default;
+};
+
+class ILoggerFinder {
+ public:
+  virtual ILogger* findLogger() = 0;
+
+ protected:
+  virtual ~ILoggerFinder() = default;
+};
+
+}  // namespace v10
+
+namespace v11 {
+
+class IVersionedInterface {
+ public:
+  virtual int32_t getAPILanguage() const noexcept = 0;
+  virtual void getInterfaceInfo() const noexcept = 0;  // its place alone matters
+  virtual ~IVersionedInterface() noexcept = default;
+};
+
+class ILogger : public IVersionedInterface {
+ public:
+  virtual void log(Severity severity, const char* message) noexcept = 0;
+};
+
+class ILoggerFinder : public IVersionedInterface {
+ public:
+  virtual ILogger* findLogger() = 0;
+};
+
+}  // namespace v11
+}  // namespace abi
+
+namespace {
+
+std::atomic<void*> finder_of_10{nullptr}, finder_of_11{nullptr};
+
+// The major version of the TensorRT that an object is of, by the library of its table of virtual functions; 0 where that does not tell.
+int32_t version_of(const void* object) {
+  const void* const functions = *static_cast<const void* const*>(object);
+  Dl_info where{};
+  link_map* library = nullptr;
+  if (dladdr1(functions, &where, reinterpret_cast<void**>(&library), RTLD_DL_LINKMAP) == 0 || library == nullptr) return 0;
+  void* const handle = dlopen(library->l_name, RTLD_LAZY | RTLD_NOLOAD);
+  if (handle == nullptr) return 0;
+  const auto version = reinterpret_cast<int32_t (*)()>(dlsym(handle, "getInferLibMajorVersion"));
+  const int32_t major = version == nullptr ? 0 : version();
+  dlclose(handle);
+  return major;
+}
+
+template <class Finder>
+bool log_by(void* finder, const std::string& message) {
+  auto* const logger = finder == nullptr ? nullptr : static_cast<Finder*>(finder)->findLogger();
+  if (logger != nullptr) logger->log(abi::Severity::kERROR, message.c_str());
+  return logger != nullptr;
+}
+
+}  // namespace
+
+void log_error(const std::string& message) {
+  const std::string line = "fqonnx: " + message;
+  const bool logged_by_11 = log_by<abi::v11::ILoggerFinder>(finder_of_11, line),
+             logged_by_10 = log_by<abi::v10::ILoggerFinder>(finder_of_10, line);
+  if (!logged_by_11 && !logged_by_10) std::fprintf(stderr, "%s\n", line.c_str());
+}
+
+}  // namespace fq::trt
+
+// What TensorRT calls when it loads the library; null takes the finder back.
+extern "C" FQ_API void setLoggerFinder(void* finder) {
+  using namespace fq::trt;
+  const int32_t major = finder == nullptr ? 0 : version_of(finder);
+  if (finder == nullptr || major >= 11) finder_of_11 = finder;
+  if (finder == nullptr || major == 10) finder_of_10 = finder;
+}
