@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-import types
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from fqonnx.errors import ArtifactError
+from fqonnx.report.schema import decode, encode
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -211,6 +211,102 @@ class DataReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineLayer:
+    """One layer of a built engine, as the engine inspector lists it.
+
+    Attributes:
+        name: The engine's name for it.
+        kind: What kind of kernel it is, in the engine's word.
+        inputs: Types of the activations it reads, each once.
+        constants: Types of the constants it reads.
+        outputs: Types it writes.
+        nodes: The ONNX nodes that it came from.
+        groups: The groups of linears that these belong to.
+    """
+
+    name: str
+    kind: str
+    inputs: tuple[str, ...] = ()
+    constants: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    nodes: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineGroup:
+    """What became of a group of linears in an engine.
+
+    Attributes:
+        name: The group's name.
+        weights: Type of the weight as the engine stores it; None where it was not found.
+        product: Type that is multiplied.
+        how: In words.
+        layer: The engine's layer that multiplies.
+    """
+
+    name: str
+    weights: str | None
+    product: str | None
+    how: str
+    layer: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineReport:
+    """A built engine.
+
+    Attributes:
+        engine: Name of the engine, such as ``tensorrt-rtx``.
+        version: Of the library that built it; most engines are only run by the same.
+        target: Compute capabilities it was built for, such as ``sm89``; empty for the library's default.
+        gpu: The GPU it was built on, where that matters.
+        version_compatible: Whether later versions of the library run it.
+        file_bytes: Size of the file.
+        seconds: Time to build.
+        cached: Whether it was found in the cache instead, and ``seconds`` are those of then.
+        profiles: Per optimization profile, by input: smallest, usual and largest shape.
+        groups: What became of the groups of linears.
+        layers: Every layer; empty where the engine does not tell.
+    """
+
+    engine: str
+    version: str
+    target: tuple[str, ...] = ()
+    gpu: str | None = None
+    version_compatible: bool = False
+    file_bytes: int = 0
+    seconds: float = 0.0
+    cached: bool = False
+    profiles: tuple[dict[str, tuple[tuple[int, ...], ...]], ...] = ()
+    groups: tuple[EngineGroup, ...] = ()
+    layers: tuple[EngineLayer, ...] = ()
+
+    @property
+    def fates(self) -> dict[tuple[str, str, str], list[EngineGroup]]:
+        """The groups by what became of them: type of the stored weight, type multiplied, and how; the most frequent first."""
+        found: dict[tuple[str, str, str], list[EngineGroup]] = {}
+        for group in self.groups:
+            found.setdefault((group.weights or "?", group.product or "?", group.how), []).append(group)
+        return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        encoded: dict[str, Any] = encode(self)
+        return encoded
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> EngineReport:
+        """What ``to_dict`` wrote.
+
+        Raises:
+            ArtifactError: It is none.
+        """
+        decoded: EngineReport = decode(cls, values, "engine")
+        return decoded
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """Everything a build or a verification found.
 
@@ -225,6 +321,7 @@ class Report:
         groups: In graph order; the worst come first with ``worst_groups``.
         left_in_float: What was not quantized.
         size: Bytes before and after.
+        engine: What was built for an engine that has a file.
         time: Seconds by stage; ``total`` is the wall clock of the whole command.
         data: What was run.
         recipe: The recipe as plain values.
@@ -244,6 +341,7 @@ class Report:
     groups: tuple[GroupReport, ...] = ()
     left_in_float: tuple[LeftReport, ...] = ()
     size: SizeReport | None = None
+    engine: EngineReport | None = None
     time: dict[str, float] = field(default_factory=dict)
     data: DataReport | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -280,7 +378,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types without NaN or infinities; ``from_dict`` reads it back to an equal report."""
-        encoded = _encode(self)
+        encoded = encode(self)
         assert isinstance(encoded, dict)
         return encoded
 
@@ -294,7 +392,7 @@ class Report:
         version = values.get("version") if isinstance(values, dict) else None
         if isinstance(version, int) and version > VERSION:
             raise ArtifactError(f"the report has version {version}, this fqonnx reads up to {VERSION}: upgrade fqonnx")
-        decoded = _decode(cls, values, "report")
+        decoded = decode(cls, values, "report")
         assert isinstance(decoded, cls)
         return decoded
 
@@ -323,62 +421,3 @@ def load_report(path: Path) -> Report:
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from None
     return Report.from_dict(values)
-
-
-def _encode(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        encoded = {}
-        non_finite = {}
-        for f in fields(value):
-            item = getattr(value, f.name)
-            encoded[f.name] = _encode(item)
-            if isinstance(item, float) and not math.isfinite(item):
-                non_finite[f.name] = str(item)
-        return encoded | ({"non_finite": non_finite} if non_finite else {})
-    if isinstance(value, dict):
-        return {str(key): _encode(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_encode(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def _decode(kind: Any, value: Any, where: str) -> Any:
-    origin, arguments = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return value
-    if origin in (Union, types.UnionType):
-        return None if value is None else _decode(next(a for a in arguments if a is not type(None)), value, where)
-    if is_dataclass(kind):
-        return _decode_dataclass(kind, value, where)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is dict and isinstance(value, dict):
-        return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if kind is float and value is None:
-        return math.nan
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if kind in (int, str, bool) and type(value) is kind:
-        return value
-    raise ArtifactError(f"not a report: {where} is {json.dumps(value)[:60]}")
-
-
-def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise ArtifactError(f"not a report: {where} is {json.dumps(value)[:60]}")
-    value = dict(value)
-    non_finite = value.pop("non_finite", {})
-    hints = get_type_hints(kind)
-    unknown = sorted(set(value) - set(hints))
-    if unknown:
-        raise ArtifactError(f"not a report: {where} has the unknown key {unknown[0]!r}")
-    arguments = {key: _decode(hints[key], item, f"{where}.{key}") for key, item in value.items()}
-    if not isinstance(non_finite, dict) or any(k not in arguments or v not in ("nan", "inf", "-inf") for k, v in non_finite.items()):
-        raise ArtifactError(f"not a report: {where}.non_finite is {json.dumps(non_finite)[:60]}")
-    arguments |= {key: float(item) for key, item in non_finite.items()}
-    try:
-        return kind(**arguments)
-    except TypeError as error:
-        raise ArtifactError(f"not a report: {where}: {str(error).partition('__init__() ')[2]}") from None
