@@ -122,7 +122,7 @@ class Frontier:
         costs: npt.NDArray[np.int64] = np.zeros(1, np.int64)
         errors: npt.NDArray[np.float64] = np.zeros(1)
         for item in self._items:
-            all_costs = (costs[:, None] + [option.cost for option in item.options]).ravel()
+            all_costs = (costs[:, None] + np.array([option.cost for option in item.options], np.int64)).ravel()
             all_errors = (errors[:, None] + [option.error for option in item.options]).ravel()
             order = np.lexsort((all_errors, all_costs))
             best = np.minimum.accumulate(all_errors[order])
@@ -212,13 +212,13 @@ def allocate(items: Sequence[Item], parameters: int, *, avg_bits: float | None =
         if point is None:
             least = sum(min(option.cost for option in item.options) for item in _usable(items)) / (2 * parameters)
             raise UsageError(
-                f"--avg-bits {avg_bits:g} is less than the schemes allow: give {_up(least)} or more, or --schemes with fewer bits"
+                f"--avg-bits {avg_bits:g} is less than the schemes allow: give {_up(least)} or more, or --mix schemes of fewer bits"
             )
         return point
     assert error is not None
     point = Frontier(items).within_error(error) if method == "dynamic" else greedy(items, bound=error)
     if point is None or point.error > error:
-        raise UsageError("no choice among the schemes keeps the error within --max-error: allow more, or let --schemes include float")
+        raise UsageError("no choice among the schemes keeps the error within --max-error: allow more, or let --mix include float")
     return point
 
 
@@ -231,7 +231,5 @@ def _usable(items: Sequence[Item]) -> list[Item]:
     usable = [Item(item.name, tuple(option for option in item.options if math.isfinite(option.error))) for item in items]
     for item in usable:
         if not item.options:
-            raise UsageError(
-                f"group {item.name!r} ruins the model in every scheme: let --schemes include float, or leave it alone with --keep"
-            )
+            raise UsageError(f"group {item.name!r} ruins the model in every scheme: let --mix include float, or leave it alone with --keep")
     return usable
