@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fqonnx.cli import options, terminal
-from fqonnx.engines import ENGINES
+from fqonnx.engines import ENGINES, EngineOptions
 from fqonnx.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,16 +29,21 @@ if TYPE_CHECKING:
 @options.data_options
 @options.recipe_options
 @click.option("--engine", type=click.Choice(list(ENGINES)), default="onnxruntime", show_default=True, help="The runtime to build for.")
-@click.option("--target", metavar="SM", help="Compute capability to lower for, such as sm90.  [default: runs everywhere]")
+@click.option(
+    "--target",
+    metavar="SM",
+    help="Compute capability to lower for, such as sm90; of a TensorRT-RTX engine several, such as sm86,sm120.  [default: runs everywhere]",
+)
 @options.device_option
 @options.shape_options
+@options.engine_options
 @click.option(
     "--max-error",
     type=click.FloatRange(min=0),
     help="Largest relative L2 error of an output on held-out data; above it the exit code is 1.  [default: 0.5; none for random inputs]",
 )
 @click.option("--resume", is_flag=True, help="Go on with a build that was interrupted.")
-@click.option("--force", is_flag=True, help="Replace an existing build directory.")
+@click.option("--force", is_flag=True, help="Replace an existing build directory, and build its engine anew.")
 @options.json_option
 @options.verbosity_options
 @click.pass_obj
@@ -50,9 +55,12 @@ def build(
     calib_data: str | None,
     random_calibration: bool,
     engine: str,
-    min_shapes: options.Shapes,
-    opt_shapes: options.Shapes,
-    max_shapes: options.Shapes,
+    min_shapes: tuple[options.Shapes, ...],
+    opt_shapes: tuple[options.Shapes, ...],
+    max_shapes: tuple[options.Shapes, ...],
+    timing_cache: Path | None,
+    version_compatible: bool,
+    optimization_level: int | None,
     recipe_file: Path | None,
     max_error: float | None,
     as_json: bool,
@@ -80,6 +88,12 @@ def build(
         random_calibration=random_calibration,
         engine=engine,
         profiles=profiles,
+        engine_options=EngineOptions(
+            timing_cache=timing_cache,
+            version_compatible=version_compatible,
+            optimization_level=optimization_level,
+            rebuild=choices["force"],
+        ),
         max_error=max_error,
         progress=terminal.progress(quiet),
         command=command,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -169,12 +170,28 @@ _SHAPE_SETS = "--shapes"
 shape_options = group(
     *(
         click.option(
-            name, multiple=True, callback=_parse_shapes, metavar="NAME:1x3 ...", help=f"{what} shape of each dynamic input, for an engine."
+            name,
+            multiple=True,
+            callback=_parse_shape_sets,
+            metavar="NAME:1x3 ...",
+            help=f"{what} shape of each dynamic input, for an engine; again for another optimization profile.",
         )
         for name, what in zip(_SHAPE_OPTIONS, ("Smallest", "Usual", "Largest"), strict=True)
     )
 )
-"""``--min-shapes a:1x3 b:1x4`` as in Polygraphy; the command needs ``cls=ShapesCommand``."""
+"""``--min-shapes a:1x3 b:1x4`` as in Polygraphy, once for each profile; the command needs ``cls=ShapesCommand``."""
+
+engine_options = group(
+    click.option(
+        "--timing-cache",
+        type=PATH,
+        metavar="FILE",
+        help="TensorRT: measured times of kernels to read and add to.  [default: a file in the user's cache]",
+    ),
+    click.option("--version-compatible", is_flag=True, help="TensorRT: a plan that later versions load, with the plugins inside."),
+    click.option("--optimization-level", type=click.IntRange(0, 5), help="How long the engine's builder searches.  [default: its own]"),
+)
+"""Of ``EngineOptions``."""
 
 shape_sets_option = click.option(
     _SHAPE_SETS,
@@ -187,10 +204,10 @@ shape_sets_option = click.option(
 
 
 class ShapesCommand(click.Command):
-    """Lets a shapes option take several values in a row, as in Polygraphy."""
+    """Lets a shapes option take several values in a row, as in Polygraphy: they are a set, and the option again begins another."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Repeat the option before every further shape that follows it; join those of a set, which is one value."""
+        """Join the shapes of a set: they are one value."""
         spread: list[str] = []
         option: str | None = None
         taken = 0
@@ -199,25 +216,27 @@ class ShapesCommand(click.Command):
                 option, taken = arg, 0
             elif option is not None and (taken == 0 or _SHAPE.fullmatch(arg)):
                 taken += 1
-                if taken > 1 and option == _SHAPE_SETS:
+                if taken > 1:
                     spread[-1] += f"\n{arg}"
                     continue
-                if taken > 1:
-                    spread.append(option)
             else:
                 option = None
             spread.append(arg)
         return super().parse_args(ctx, spread)
 
 
-def read_profiles(low: Shapes, mid: Shapes, high: Shapes) -> dict[str, Profile]:
-    """The profile of each input that one of the three shapes options names.
+def read_profiles(low: Sequence[Shapes], mid: Sequence[Shapes], high: Sequence[Shapes]) -> list[dict[str, Profile]]:
+    """The optimization profiles that the three shapes options name: the first sets of each are the first profile, and so on.
 
     What is not given is taken from the others: the usual shape from the largest, the rest from the usual one.
 
     Raises:
         UsageError: Ranks differ, or the three are not in order.
     """
+    return [_read_profile(*sets) for sets in zip_longest(low, mid, high, fillvalue=Shapes())]
+
+
+def _read_profile(low: Shapes, mid: Shapes, high: Shapes) -> dict[str, Profile]:
     profiles = {}
     for name in {**low, **mid, **high}:
         usual = next(shapes[name] for shapes in (mid, high, low) if name in shapes)

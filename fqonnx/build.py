@@ -22,7 +22,7 @@ from fqonnx.calib.kron import factor
 from fqonnx.calib.record import write_record
 from fqonnx.calib.registry import transform_named, weight_quantizer_named
 from fqonnx.calib.solve import solve
-from fqonnx.engines import Profile, onnxruntime, profiles_from_shapes
+from fqonnx.engines import EngineOptions, Profile, Profiles, onnxruntime, profiles_from_shapes
 from fqonnx.engines import engine as engine_named
 from fqonnx.errors import DataError, EngineError, ModelError, UsageError
 from fqonnx.kernels import MAX_FACTOR
@@ -68,7 +68,8 @@ def build(
     engine: str = "onnxruntime",
     target: str | None = None,
     device: str = "cpu",
-    profiles: Mapping[str, Profile] | None = None,
+    profiles: Sequence[Profiles] = (),
+    engine_options: EngineOptions | None = None,
     max_error: float | None = None,
     resume: bool = False,
     force: bool = False,
@@ -91,9 +92,12 @@ def build(
         tokenizer: ``tokenizer.json`` for text data.
         seq_len: Tokens per sample for text data.
         engine: A key of ``fqonnx.engines.ENGINES``.
-        target: Architecture to lower for, such as ``sm90``; None makes a model that runs everywhere.
+        target: Architecture to lower for, such as ``sm90``, and to build the engine for, which may take several; None makes a model that
+            runs everywhere.
         device: ``cpu`` or ``cuda``: where transforms are trained and models run.
-        profiles: Shapes of dynamic inputs for an engine; None takes those of the data.
+        profiles: Optimization profiles of an engine: shapes of dynamic inputs. Inputs that one lacks, and all where there is none, take
+            those of the data.
+        engine_options: How the engine is built.
         max_error: Largest relative L2 error of a float output; None is ``MAX_ERROR``, or with random inputs, which say little about
             accuracy, no bound at all.
         resume: Reuse what an interrupted build of the same ``out`` has finished.
@@ -119,8 +123,9 @@ def build(
     builder = engine_named(engine)
     _require_device(device)
     # What is missing is told before the long work: kernels for the target, the engine, the kernels' library for verification.
-    kernels = target_named(target)
-    builder.require(target)
+    builder.require(target, engine_options)
+    lowering = builder.lowering(target)
+    kernels = target_named(lowering)
     clock = _Clock()
     with artifact.Workspace(Path(out), force=force, resume=resume) as workspace:
         with clock("read"):
@@ -156,11 +161,17 @@ def build(
             inputs = f"{float_model.fingerprint} {data.calibration.fingerprint}"
             solution = solve(groups, stats, recipe, workdir=workspace.work, fingerprint=inputs, device=device, progress=progress)
         with clock("rewrite"):
-            bindings = _write_model(float_model, solution, recipe, target, workspace.files / artifact.MODEL)
+            bindings = _write_model(float_model, solution, recipe, lowering, workspace.files / artifact.MODEL)
             write_record(workspace.files / artifact.CALIBRATION, [group.name for group in groups], solution, recipe)
         with clock("engine"):
-            shapes = {**data.profiles, **(profiles or {})}
-            builder.build(workspace.files / artifact.MODEL, workspace.files / artifact.ENGINE, profiles=shapes, target=target)
+            built = builder.build(
+                workspace.files / artifact.MODEL,
+                workspace.files / artifact.ENGINE,
+                profiles=[{**data.profiles, **given} for given in profiles or ({},)],
+                target=target,
+                options=engine_options,
+                progress=progress,
+            )
         entries = [_describe(group, solution(group.name), recipe, bindings[group.name]) for group in groups]
         with clock("verify"):
             report = _verify(float_model.path, workspace.files / artifact.MODEL, data, max_error, device, progress)
@@ -169,6 +180,7 @@ def build(
             candidate=workspace.out.name,
             groups=tuple(entry for entry, _ in entries),
             left_in_float=tuple(LeftReport.of(left) for left in float_model.found.left_in_float),
+            engine=built,
             recipe=recipe.to_dict(),
             command=command,
             notes=(*data.notes, *report.notes),
@@ -183,6 +195,7 @@ def build(
                 "recipe": recipe.to_dict(),
                 "target": target,
                 "engine": engine,
+                **({} if built is None else {"plan": replace(built, layers=(), groups=()).to_dict()}),
                 "calibration": {
                     "data": data.name,
                     "samples": data.calibration.samples,
@@ -368,7 +381,7 @@ class _Data:
             spec is None,
             Part(source, 0, count - held, tuple(sizes)),
             Part(source, count - held if held else 0, count, tuple(sizes)),
-            profiles_from_shapes(shapes),
+            profiles_from_shapes(shapes, {item.name: item.shape for item in inputs}),
             tuple(notes),
             rows,
         )

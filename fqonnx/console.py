@@ -27,14 +27,15 @@ WORST = 8
 
 
 def print_report(report: Report, console: Console, *, command: str | None = None) -> None:
-    """Print a report: outputs, language, worst groups, what stayed in float, size, time, and the verdict as the last line.
+    """Print a report: outputs, language, worst groups, what stayed in float, size, engine, time, and the verdict as the last line.
 
     Args:
         report: What to print.
         console: Where to; on a narrow or dumb terminal the tables shrink and lose their colours.
         command: The command line for the last line; None takes the report's, or that of this process.
     """
-    for printed in (_outputs(report), _language(report), _groups(report, console.width), _left(report), _size(report), _time(report)):
+    parts = (_outputs, _language, lambda shown: _groups(shown, console.width), _left, _size, _engine, _time)
+    for printed in (part(report) for part in parts):
         if printed is not None:
             console.print(printed)
             console.print()
@@ -136,6 +137,18 @@ def _size(report: Report) -> Group | None:
     table = _table("part", "bytes", "share")
     for name, count in sorted(size.parts.items(), key=lambda item: -item[1]):
         table.add_row(escape(name), words.size(count), words.percent(count / max(1, size.quantized_bytes)))
+    return _titled(title, table)
+
+
+def _engine(report: Report) -> Group | Text | None:
+    if report.engine is None:
+        return None
+    title = f"Engine: {words.engine(report.engine)}"
+    if not report.engine.groups:
+        return Text(title, style="bold")
+    table = _table("what became of groups", "groups", "weights", "multiplied")
+    for (weights, product, how), groups in report.engine.fates.items():
+        table.add_row(escape(how), str(len(groups)), weights, product)
     return _titled(title, table)
 
 

@@ -11,7 +11,7 @@ import pytest
 from tests.graph_text import graph_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import onnx_ir as ir
 
@@ -20,6 +20,14 @@ _GOLDEN = Path(__file__).parent / "golden"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--regen-golden", action="store_true", help="write tests/golden/*.txt anew instead of comparing with them")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def engine_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No engine of an earlier run: it would be taken where it should be built."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FQONNX_ENGINE_CACHE", str(tmp_path_factory.mktemp("engines")))
+        yield
 
 
 @pytest.fixture

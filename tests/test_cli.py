@@ -202,13 +202,13 @@ def parse_shapes(*args: str) -> dict[str, Any]:
 
 def test_shapes_are_read_as_polygraphy_writes_them() -> None:
     assert parse_shapes("--min-shapes", "x:1x3", "a/b:0:[1,3]", "s:[]", "--force", "--max-shapes", "x:[8, 3]", "model.onnx") == {
-        "min_shapes": {"x": (1, 3), "a/b:0": (1, 3), "s": ()},
-        "opt_shapes": {},
-        "max_shapes": {"x": (8, 3)},
+        "min_shapes": ({"x": (1, 3), "a/b:0": (1, 3), "s": ()},),
+        "opt_shapes": (),
+        "max_shapes": ({"x": (8, 3)},),
         "force": True,
         "model": "model.onnx",
     }
-    assert parse_shapes("--opt-shapes=x:1x3", "--opt-shapes", "y:2")["opt_shapes"] == {"x": (1, 3), "y": (2,)}
+    assert parse_shapes("--opt-shapes=x:1x3", "--opt-shapes", "x:2x3", "y:2")["opt_shapes"] == ({"x": (1, 3)}, {"x": (2, 3), "y": (2,)})
 
 
 @pytest.mark.parametrize("text", ["x", "x:", "x:1xa", "x:-1", "x:[1,3", ":1x3"])
@@ -218,15 +218,19 @@ def test_a_malformed_shape_is_a_usage_error(text: str) -> None:
 
 
 def test_profiles_are_completed() -> None:
-    assert options.read_profiles({}, {}, {}) == {}
-    assert options.read_profiles({"x": (1, 3)}, {}, {"x": (8, 3)}) == {"x": Profile((1, 3), (8, 3), (8, 3))}
-    assert options.read_profiles({}, {"x": (4, 3)}, {}) == {"x": Profile((4, 3), (4, 3), (4, 3))}
+    assert options.read_profiles((), (), ()) == []
+    assert options.read_profiles([{"x": (1, 3)}], (), [{"x": (8, 3)}]) == [{"x": Profile((1, 3), (8, 3), (8, 3))}]
+    assert options.read_profiles((), [{"x": (4, 3)}], ()) == [{"x": Profile((4, 3), (4, 3), (4, 3))}]
+    assert options.read_profiles((), [{"x": (4,)}, {"x": (9,)}], [{"x": (8,)}]) == [
+        {"x": Profile((4,), (4,), (8,))},
+        {"x": Profile((9,), (9,), (9,))},
+    ]
 
 
 @pytest.mark.parametrize(("low", "high"), [((2, 3), (1, 3)), ((1,), (1, 3))])
 def test_profiles_must_be_in_order(low: tuple[int, ...], high: tuple[int, ...]) -> None:
     with pytest.raises(UsageError, match="shapes of 'x' are not in order"):
-        options.read_profiles({"x": low}, {}, {"x": high})
+        options.read_profiles([{"x": low}], (), [{"x": high}])
 
 
 # --- inspect ----------------------------------------------------------------------------------------------------------------------------

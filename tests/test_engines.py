@@ -1,15 +1,15 @@
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from fqonnx.engines import ENGINES, Profile, engine, profiles_from_shapes
+from fqonnx.engines import ENGINES, EngineOptions, Profile, engine, profiles_from_shapes
 from fqonnx.engines import onnxruntime as ort_engine
 from fqonnx.errors import EngineError, FqonnxError, UsageError
 
@@ -54,18 +54,33 @@ def test_every_engine_resolves(name):
 
 
 def test_an_unknown_engine_is_told_the_choices():
-    with pytest.raises(UsageError, match="unknown engine 'tflite': choose from onnxruntime, tensorrt-rtx"):
+    with pytest.raises(UsageError, match="unknown engine 'tflite': choose from onnxruntime, tensorrt, tensorrt-rtx"):
         engine("tflite")
 
 
 def test_reading_the_choices_imports_no_runtime():
-    code = "import sys, fqonnx.engines; print({'onnxruntime', 'tensorrt_rtx', 'torch', 'numpy'} & set(sys.modules))"
+    code = "import sys, fqonnx.engines; print({'onnxruntime', 'tensorrt', 'tensorrt_rtx', 'torch', 'numpy'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "set()\n"
 
 
 def test_profiles_cover_the_shapes_seen():
     shapes = {"ids": [(1, 9), (4, 3), (1, 7), (1, 7)], "mask": [(2,)]}
     assert profiles_from_shapes(shapes) == {"ids": Profile((1, 3), (1, 7), (4, 9)), "mask": Profile((2,), (2,), (2,))}
+
+
+def test_an_engine_takes_less_than_was_seen():
+    shapes = {"ids": [(4, 128), (4, 128)], "x": [(2, 32)]}
+    inputs = {"ids": ("batch", None), "x": ("batch", 32)}
+    assert profiles_from_shapes(shapes, inputs) == {
+        "ids": Profile((1, 1), (4, 128), (4, 128)),
+        "x": Profile((1, 32), (2, 32), (2, 32)),
+    }
+
+
+def test_a_model_with_a_past_keeps_the_smallest_shapes_seen():
+    shapes = {"ids": [(1, 7)], "past_key_values.0.key": [(1, 2, 5, 8)]}
+    inputs = {"ids": ("b", "s"), "past_key_values.0.key": ("b", 2, "p", 8)}
+    assert profiles_from_shapes(shapes, inputs)["ids"] == Profile((1, 7), (1, 7), (1, 7))
 
 
 # --- ONNX Runtime ---------------------------------------------------------------------------------------------------------------------
@@ -188,111 +203,13 @@ def test_long_messages_are_cut_and_memory_is_named():
 
 
 def test_onnxruntime_needs_no_build(linear, tmp_path):
-    engine("onnxruntime").build(linear, tmp_path / "engine.plan", profiles={})
+    assert engine("onnxruntime").build(linear, tmp_path / "engine.plan") is None
     assert not (tmp_path / "engine.plan").exists()
-
-
-# --- TensorRT-RTX ---------------------------------------------------------------------------------------------------------------------
-
-PROFILE = {"x": Profile((1, 1, 32), (1, 16, 32), (4, 64, 32))}
-
-
-def rtx():
-    return pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-
-
-def test_an_engine_is_built_without_a_gpu(linear, tmp_path, capfd):
-    trt = rtx()
-    plan = tmp_path / "engine.plan"
-    engine("tensorrt-rtx").build(linear, plan, profiles=PROFILE)
-    assert len(plan.read_bytes()) > 1000
-    assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
-    assert capfd.readouterr() == ("", "")
-    assert trt.__version__
-
-
-def test_an_engine_for_one_target(linear, tmp_path):
-    rtx()
-    plans = []
-    for target in ("sm89", "sm_120"):
-        engine("tensorrt-rtx").build(linear, tmp_path / f"{target}.plan", profiles=PROFILE, target=target)
-        plans.append((tmp_path / f"{target}.plan").read_bytes())
-    assert plans[0] != plans[1]
-
-
-def test_fixed_shapes_need_no_profile(tmp_path):
-    rtx()
-    path = save(
-        tmp_path / "m.onnx",
-        [helper.make_node("MatMul", ["x", "w"], ["y"])],
-        [("x", TensorProto.FLOAT, [4, 32])],
-        [("y", TensorProto.FLOAT, [4, 48])],
-        {"w": W},
-    )
-    engine("tensorrt-rtx").build(path, tmp_path / "engine.plan", profiles={})
-    assert (tmp_path / "engine.plan").stat().st_size > 1000
-    with pytest.raises(UsageError, match="max shape 8x32 does not fit input 'x', which is 4x32"):
-        engine("tensorrt-rtx").build(path, tmp_path / "p", profiles={"x": Profile((4, 32), (4, 32), (8, 32))})
 
 
 @pytest.mark.parametrize(
-    ("profiles", "message"),
-    [
-        ({}, r"input 'x' is \?x\?x32: give --min-shapes, --opt-shapes and --max-shapes for it"),
-        ({**PROFILE, "z": PROFILE["x"]}, "shapes are given for 'z', which is no input: the inputs are x"),
-        ({"x": Profile((1, 32), (1, 32), (1, 32))}, r"min shape 1x32 does not fit input 'x', which is \?x\?x32"),
-        ({"x": Profile((1, 1, 32), (1, 1, 33), (4, 64, 32))}, "opt shape 1x1x33 does not fit input 'x'"),
-        (
-            {"x": Profile((1, 8, 32), (1, 4, 32), (4, 64, 32))},
-            "the shapes of 'x' are not in order: every dimension needs min <= opt <= max",
-        ),
-    ],
+    "options", [EngineOptions(timing_cache=Path("t")), EngineOptions(version_compatible=True), EngineOptions(optimization_level=3)]
 )
-def test_profiles_that_do_not_fit(linear, tmp_path, profiles, message):
-    rtx()
-    with pytest.raises(UsageError, match=message):
-        engine("tensorrt-rtx").build(linear, tmp_path / "engine.plan", profiles=profiles)
-    assert not (tmp_path / "engine.plan").exists()
-
-
-def test_a_target_it_does_not_build_for(linear, tmp_path):
-    rtx()
-    with pytest.raises(EngineError, match=r"does not build for target 'sm90': choose from sm75, .*sm89"):
-        engine("tensorrt-rtx").build(linear, tmp_path / "engine.plan", profiles=PROFILE, target="sm90")
-
-
-def test_an_operator_it_does_not_have_is_named_with_its_node(tmp_path, capfd):
-    rtx()
-    path = save(
-        tmp_path / "m.onnx",
-        [helper.make_node("Nonsense", ["x"], ["y"], name="odd", domain="nowhere")],
-        [("x", TensorProto.FLOAT, [1])],
-        [("y", TensorProto.FLOAT, [1])],
-        domains=["nowhere"],
-    )
-    with pytest.raises(EngineError, match=r"cannot parse m\.onnx: node 'odd' \(Nonsense\): .*--engine onnxruntime") as caught:
-        engine("tensorrt-rtx").build(path, tmp_path / "engine.plan", profiles={})
-    assert one_line(caught)
-    assert capfd.readouterr() == ("", "")
-
-
-def test_a_missing_package_says_what_to_install(linear, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    with pytest.raises(EngineError, match=re.escape("pip install 'fqonnx[tensorrt-rtx]'")):
-        engine("tensorrt-rtx").build(linear, tmp_path / "engine.plan", profiles=PROFILE)
-
-
-def test_a_build_that_fails_gives_the_reason(tmp_path, capfd):
-    rtx()
-    path = save(
-        tmp_path / "m.onnx",
-        [helper.make_node("Reshape", ["x", "shape"], ["y"], name="fold")],
-        [("x", TensorProto.FLOAT, ["n"])],
-        [("y", TensorProto.FLOAT, [2, 3])],
-        {"shape": np.array([2, 3])},
-    )
-    with pytest.raises(EngineError, match=r"cannot build m\.onnx: .*fold.*: keep the node's linear in float with --keep") as caught:
-        engine("tensorrt-rtx").build(path, tmp_path / "engine.plan", profiles={"x": Profile((4,), (4,), (8,))})
-    assert one_line(caught)
-    assert not (tmp_path / "engine.plan").exists()
-    assert capfd.readouterr() == ("", "")
+def test_onnxruntime_refuses_the_options_of_engines(options):
+    with pytest.raises(UsageError, match="are options of --engine tensorrt"):
+        engine("onnxruntime").require(None, options)

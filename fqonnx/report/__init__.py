@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from fqonnx.report.data import (
     DataReport,
+    EngineGroup,
+    EngineLayer,
+    EngineReport,
     GroupReport,
     LanguageReport,
     LeftReport,
@@ -16,6 +19,9 @@ from fqonnx.report.data import (
 
 __all__ = [
     "DataReport",
+    "EngineGroup",
+    "EngineLayer",
+    "EngineReport",
     "GroupReport",
     "LanguageReport",
     "LeftReport",

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fqonnx.report.data import EngineReport
 
 MISSING = "\N{EN DASH}"
 """What was not measured."""
@@ -75,6 +79,18 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def engine(report: EngineReport) -> str:
+    """``tensorrt-rtx 1.7.1 for sm86 and sm120, 21.4 MB, 28 layers``."""
+    parts = [f"{report.engine} {report.version}"]
+    if report.gpu or report.target:
+        parts[0] += f" for {report.gpu or ' and '.join(report.target)}"
+    parts += [size(report.file_bytes), f"{len(report.layers)} layers" if report.layers else "its layers are not told"]
+    if len(report.profiles) > 1:
+        parts.append(f"{len(report.profiles)} profiles")
+    parts.append(f"built in {duration(report.seconds)}{', taken from the cache' if report.cached else ''}")
+    return ", ".join(parts)
 
 
 def count(value: int) -> str:

@@ -52,7 +52,7 @@ def render(report: Report) -> str:
     def read(name: str) -> str:
         return (folder / name).read_text(encoding="utf-8")
 
-    sections = (_header, _problems, _tiles, _outputs, _worst_groups, _flatness, _groups, _left, _size_and_time, _conditions)
+    sections = (_header, _problems, _tiles, _outputs, _worst_groups, _flatness, _groups, _left, _engine, _size_and_time, _conditions)
     return Template(read("template.html")).substitute(
         title=escape(f"{_verdict(report)}: {report.model} - fqonnx"),
         css=read("style.css"),
@@ -484,6 +484,32 @@ def _thinned(profile: Sequence[float], left: float, right: float) -> list[tuple[
 
 
 # --- size, time, conditions -----------------------------------------------------------------------------------------------------------
+
+
+def _engine(report: Report) -> str:
+    """What the engine is, what became of the groups in it, and, folded away, every layer."""
+    engine = report.engine
+    if engine is None:
+        return ""
+    fates = "".join(
+        f"<tr><th scope='row'>{escape(how)}</th>{_number(str(len(groups)))}<td>{escape(weights)}</td><td>{escape(product)}</td></tr>"
+        for (weights, product, how), groups in engine.fates.items()
+    )
+    heads = "<th scope='col'>What became of groups</th><th scope='col' class='number'>Groups</th>"
+    heads += "<th scope='col'>Weights</th><th scope='col'>Multiplied</th>"
+    body = f"<table><thead><tr>{heads}</tr></thead><tbody>{fates}</tbody></table>" if fates else ""
+    layers = "".join(
+        f"<tr><th scope='row'><span class='mono'>{_breakable(layer.name)}</span></th><td>{escape(layer.kind)}</td>"
+        f"<td>{escape(', '.join((*layer.inputs, *layer.constants)) or words.MISSING)}</td><td>{escape(', '.join(layer.outputs))}</td>"
+        f"<td>{escape(', '.join(layer.groups))}</td></tr>"
+        for layer in engine.layers
+    )
+    if layers:
+        heads = "".join(f"<th scope='col'>{head}</th>" for head in ("Layer", "Kind", "Reads", "Writes", "Groups"))
+        table = f"<table><thead><tr>{heads}</tr></thead><tbody>{layers}</tbody></table>"
+        region = f"<div class='scroll tall' tabindex='0' role='region' aria-label='Layers of the engine'>{table}</div>"
+        body += f"<details><summary>All {len(engine.layers)} layers</summary>{region}</details>"
+    return _section("Engine", escape(words.engine(engine)) + ".", body, identifier="engine")
 
 
 def _size_and_time(report: Report) -> str:
