@@ -58,6 +58,7 @@ class FlatQuantizeParams(ctypes.Structure):
         ("container", ctypes.c_int32),
         ("clip", ctypes.c_float),
         ("variant", ctypes.c_int32),
+        ("constant_factors", ctypes.c_int32),
     )
 
 
@@ -239,6 +240,7 @@ def flat_quantize(
     bits: int = 4,
     container: str = "int8",
     kernel: str | None = None,
+    constant_factors: bool = False,
 ) -> Quantized:
     """Transform rows with a Kronecker pair and round them to integers: ``FlatQuantize`` (FlatQuant, arXiv 2410.09426, section 3.1).
 
@@ -250,12 +252,15 @@ def flat_quantize(
         bits: 4 or 8.
         container: A key of ``CONTAINERS``.
         kernel: Name of a kernel of ``fqonnx.ops.kernels.KERNELS``; None is the table's choice.
+        constant_factors: No work that is still under way writes ``left``, ``right``, ``clip`` or a norm's gamma: they may be read while
+            x is being made.
 
     Raises:
         UsageError: An argument that does not fit; the message names it.
         EngineError: No kernel takes this, or there is no library.
     """
     params, out = _quantize_params(x, left, right, clip=clip, bits=bits, container=container, kernel=kernel)
+    params.constant_factors = constant_factors
     _enqueue(x, "fq_flat_quantize", params)
     return out
 
@@ -282,6 +287,7 @@ def rms_norm_flat_quantize(
     bits: int = 4,
     container: str = "int8",
     kernel: str | None = None,
+    constant_factors: bool = False,
 ) -> NormedQuantized:
     """``flat_quantize(rms_norm(x + residual) * gamma)`` in one launch; the norm in fp32, rounded once to x's dtype.
 
@@ -297,6 +303,7 @@ def rms_norm_flat_quantize(
         bits: As in ``flat_quantize``.
         container: As in ``flat_quantize``.
         kernel: As in ``flat_quantize``.
+        constant_factors: As in ``flat_quantize``.
 
     Raises:
         UsageError: An argument that does not fit; the message names it.
@@ -312,6 +319,7 @@ def rms_norm_flat_quantize(
     total = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device) if want_normed else None
     norm = RmsNormParams(gamma.data_ptr(), _address(residual), _address(total), _address(normed), epsilon)
+    params.constant_factors = constant_factors
     _enqueue(x, "fq_rms_norm_flat_quantize", params, norm)
     return NormedQuantized(*out, sum=total, normed=normed)
 
@@ -326,6 +334,7 @@ def silu_mul_flat_quantize(
     bits: int = 4,
     container: str = "int8",
     kernel: str | None = None,
+    constant_factors: bool = False,
 ) -> Quantized:
     """``flat_quantize(silu(gate) * up)`` in one launch; the product in fp32, rounded once to gate's dtype.
 
@@ -338,6 +347,7 @@ def silu_mul_flat_quantize(
         bits: As in ``flat_quantize``.
         container: As in ``flat_quantize``.
         kernel: As in ``flat_quantize``.
+        constant_factors: As in ``flat_quantize``.
 
     Raises:
         UsageError: An argument that does not fit; the message names it.
@@ -347,6 +357,7 @@ def silu_mul_flat_quantize(
     _, stride = _rows(up, "up")
     _require(up, "up", like=gate, shape=tuple(gate.shape), dtype=gate.dtype, contiguous=False)
     params, out = _quantize_params(gate, left, right, clip=clip, bits=bits, container=container, kernel=kernel)
+    params.constant_factors = constant_factors
     _enqueue(gate, "fq_silu_mul_flat_quantize", params, SiluMulParams(up.data_ptr(), stride))
     return out
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -389,6 +391,62 @@ def test_a_captured_graph_replays(form: Form) -> None:
             graph.replay()
             assert same_bits(call.out.y, expected(replace(call.problem, q=new.q), torch.float16))
             call.out.check_guards()
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("quantizer", ["mma_f16", "wgmma_f16"])
+@pytest.mark.parametrize("m", [1, 16, 40, 64, 200])
+def test_kernels_that_begin_early_wait(m: int, quantizer: str, captured: bool) -> None:
+    """The products and quantizers of a decoder's second halves: each may begin while the one before it makes what it reads."""
+    kernel = next(kernel for kernel in KERNELS if kernel.name == quantizer)
+    if not kernel.runs[0] <= CAPABILITY <= kernel.runs[1]:
+        pytest.skip("another GPU's kernel")
+    width, inner, layers = 2048, 4096, 4
+    generator = torch.Generator("cuda").manual_seed(m)
+
+    def matrix(size: int) -> torch.Tensor:
+        return (torch.randn(size, size, device="cuda", generator=generator) / size**0.5).half()
+
+    def weights(n: int, k: int) -> torch.Tensor:
+        return torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda", generator=generator)
+
+    right, left, inner_left = matrix(128), matrix(width // 128), matrix(inner // 128)
+    gamma = torch.ones(width, device="cuda", dtype=torch.float16)
+    gate_up, down = ([weights(*size) for _ in range(layers)] for size in ((2 * inner, width), (width, inner)))
+    scales = {n: torch.rand(n, device="cuda", generator=generator) * 1e-3 + 1e-4 for n in (2 * inner, width)}
+    residual, x = (torch.empty(m, width, dtype=torch.float16, device="cuda") for _ in range(2))
+
+    def decoder(*, early: bool) -> torch.Tensor:
+        options: dict[str, Any] = {"kernel": quantizer, "constant_factors": early}
+        y, total = x, residual
+        for layer in range(layers):
+            out = kernels.rms_norm_flat_quantize(y, gamma, left, right, epsilon=1e-5, residual=total, **options)
+            assert out.sum is not None
+            total = out.sum
+            both = kernels.w4a4_gemm(out.q, out.scale, gate_up[layer], scales[2 * inner], layout="k128", constant_weights=early)
+            q, scale = kernels.silu_mul_flat_quantize(*both.split(inner, dim=1), inner_left, right, **options)
+            y = kernels.w4a4_gemm(q, scale, down[layer], scales[width], layout="k128", constant_weights=early)
+        return y + total
+
+    run = partial(decoder, early=True)
+    if captured:
+        for tensor in (x, residual):
+            tensor.normal_(generator=generator)
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = run()
+
+        def run() -> torch.Tensor:
+            graph.replay()
+            return y
+
+    for _ in range(50):
+        for tensor in (x, residual):
+            tensor.normal_(generator=generator)
+        wanted = decoder(early=False).clone()
+        assert wanted.isfinite().all()
+        assert same_bits(run(), wanted)
 
 
 @each_form

@@ -14,8 +14,8 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "dependent_launch.cuh"
 #include "kernel.h"
+#include "launch.cuh"
 #include "mma.cuh"
 
 namespace fq {
@@ -46,6 +46,7 @@ struct Problem {
   int rows, k, n1, n2, blocks;
   PrologueKind kind;
   bool factors_are_float, packed;
+  bool constant_factors;  // and clip_ptr, gamma: they may be read before the work ahead is done
   float clip, epsilon, qmax, inverse_k, inverse_range;  // inverse_range: 1 / (2 qmax + 1)
 };
 
@@ -1057,6 +1058,7 @@ template <typename X>
 __global__ void __launch_bounds__(kSplitWarps* kWarp)
     split_quantize(const __grid_constant__ Problem p, const __grid_constant__ Split plan) {
   let_next_begin();
+  if (!p.constant_factors) wait_for_work_before();
   constexpr int kThreads = kSplitWarps * kWarp;
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ __align__(16) unsigned char slots[kSlots];
@@ -1069,7 +1071,11 @@ __global__ void __launch_bounds__(kSplitWarps* kWarp)
   const int row = blockIdx.x / plan.blocks, rank = blockIdx.x % plan.blocks, first_line = rank * plan.strips * 16;
   Team team = {0, kSplitWarps, warp, reinterpret_cast<float*>(slots)};
 
-  // Everything is asked for at once.
+  // Everything is asked for at once; constant factors while x is still being made.
+  stage_columns<X>(p, p.left, p.n1, plan.n1_padded, first_line, plan.strips * 16, plan.left_magic, plan.left_pitch, left);
+  stage_columns<X>(p, p.right, p.n2, plan.n2_padded, 0, plan.n2_padded, plan.padded_magic, plan.pitch, right);
+  if (p.gamma != nullptr) prefetch<X>(p.gamma, 0, p.k);
+  wait_for_work_before();
   const int chunks = p.n2 / kVector, units = p.n1 * chunks;
   const auto place_of = [&](int unit) {
     const int line = divide(unit, plan.chunks_magic);
@@ -1082,10 +1088,7 @@ __global__ void __launch_bounds__(kSplitWarps* kWarp)
   } else {
     prefetch<X>(p.x, row * p.x_stride, p.k);
     if (p.second != nullptr) prefetch<X>(p.second, row * p.second_stride, p.k);
-    if (p.gamma != nullptr) prefetch<X>(p.gamma, 0, p.k);
   }
-  stage_columns<X>(p, p.left, p.n1, plan.n1_padded, first_line, plan.strips * 16, plan.left_magic, plan.left_pitch, left);
-  stage_columns<X>(p, p.right, p.n2, plan.n2_padded, 0, plan.n2_padded, plan.padded_magic, plan.pitch, right);
   commit_copies();
   if (threadIdx.x == 0) y_largest = 0;
   if (plan.n1_padded != p.n1 || plan.n2_padded != p.n2) {
@@ -1463,7 +1466,7 @@ const char* fits(const fq_flat_quantize_params& params, const Prologue& prologue
              : "needs more shared memory than this device has";
 }
 
-Problem describe(const fq_flat_quantize_params& params, const Prologue& prologue) {
+Problem describe(const fq_flat_quantize_params& params, const Prologue& prologue, const Device& device) {
   Problem p = {};
   p.x = params.x;
   p.left = params.left;
@@ -1480,6 +1483,7 @@ Problem describe(const fq_flat_quantize_params& params, const Prologue& prologue
   p.n2 = params.n2;
   p.blocks = static_cast<int>(params.k / (params.n1 * params.n2));
   p.factors_are_float = params.factor_dtype == FQ_FLOAT;
+  p.constant_factors = params.constant_factors != 0 && device.capability >= 90;
   p.clip = params.clip;
   p.qmax = params.bits == 4 ? 7.0f : 127.0f;
   p.inverse_k = 1.0f / static_cast<float>(params.k);
@@ -1548,24 +1552,13 @@ bool plan_split(const fq_flat_quantize_params& params, const Device& device, Spl
 
 fq_status launch_split(const fq_flat_quantize_params& params, const Problem& problem, const Split& plan, int shared, cudaStream_t stream) {
   const auto kernel = params.dtype == FQ_FLOAT16 ? split_quantize<__half> : split_quantize<__nv_bfloat16>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error != cudaSuccess) return check(error, "cudaFuncSetAttribute");
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = static_cast<unsigned>(plan.blocks);
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(params.rows * plan.blocks));
-  config.blockDim = dim3(kSplitWarps * kWarp);
-  config.dynamicSmemBytes = static_cast<size_t>(shared);
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = plan.blocks > 1 ? 1 : 0;
-  return check(cudaLaunchKernelEx(&config, kernel, problem, plan), "launch of split_quantize");
+  const Launch launch = {dim3(static_cast<unsigned>(params.rows * plan.blocks)), dim3(static_cast<unsigned>(plan.blocks)), kSplitWarps * kWarp,
+                         shared, problem.constant_factors};
+  return launch_kernel("FlatQuantize mma_f16", kernel, launch, stream, problem, plan);
 }
 
 fq_status launch(const fq_flat_quantize_params& params, const Prologue& prologue, const Device& device, cudaStream_t stream) {
-  const Problem problem = describe(params, prologue);
+  const Problem problem = describe(params, prologue, device);
   if (is_plain(params)) return launch_plain(params, problem, device, stream);
   int shared = 0;
   Split split = {};

@@ -8,16 +8,18 @@
 // that one's products run beside another's epilogue. Where n1 <= 32 a team works on two rows at once: X is then one above the other and
 // left^T stands twice on the diagonal.
 //
-// Where a row of T is not finite it is computed again, with care: Z may have left fp16's range, or the other row may hold the NaN.
+// Where T is not finite or very small it is computed again, with care: Z may have left fp16's range, or the other row may hold the NaN.
 //
 // A norm or a gate in front is applied to the row in shared memory.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cfloat>
 #include <type_traits>
 
 #include "kernel.h"
+#include "launch.cuh"
 #include "sm90.cuh"
 #include "wgmma.cuh"
 
@@ -28,14 +30,15 @@ using namespace sm90;
 
 constexpr int kWarp = 32;
 constexpr int kWarpgroup = 128;
-constexpr int kTile = 64;               // rows of a warpgroup's product, and columns of a box of x
-constexpr int kBoxRow = 2 * kTile;      // bytes
-constexpr int kMostStages = 24;         // rows of x in flight
+constexpr int kTile = 64;                // rows of a warpgroup's product, and columns of a box of x
+constexpr int kBoxRow = 2 * kTile;       // bytes
+constexpr int kMostStages = 24;          // rows of x in flight
 constexpr int kMostWarps = 16;
 constexpr int kMostTeams = 4;
-constexpr int kTeamBarrier = 1;         // the first of the named barriers of teams
-constexpr int kAlignment = 1024;        // of what the copy engine swizzles
-constexpr float kCare = 1.0f / 4096;    // what Z is multiplied by where it was too large
+constexpr int kTeamBarrier = 1;          // the first of the named barriers of teams
+constexpr int kAlignment = 1024;         // of what the copy engine swizzles
+constexpr int kLower = -12, kLift = 14;  // exponents of what Z is multiplied by where it is too large or too small for fp16
+constexpr uint32_t kSmall = 0x3A800000;  // 2^-10, as bits: below it, parts of Z may lose digits
 constexpr uint32_t kAllLanes = 0xFFFFFFFF;
 
 struct Problem {
@@ -50,6 +53,7 @@ struct Problem {
   float qmax;
   float levels, offset, base, quarter_of_level;  // see Rounding
   bool float_factors, packed;
+  bool constant_factors;  // and clip_ptr, gamma: they may be read before the work ahead is done
 
   // What is in front of the transform.
   const void* gamma;
@@ -229,6 +233,7 @@ __device__ __forceinline__ void store_factors(uint8_t* to_left, uint8_t* to_righ
 
   Eight<Factor> chunks[kLeftTasks];
   const bool vectors = n1 % 8 == 0 && reinterpret_cast<uintptr_t>(left) % 16 == 0;
+  const bool right_vectors = reinterpret_cast<uintptr_t>(right) % 16 == 0;
 #pragma unroll
   for (int i = 0; i < kLeftTasks; ++i) {
     const int task = threadIdx.x + i * S::kThreads, k = task / kChunks, m = task % kChunks * 8;
@@ -246,7 +251,13 @@ __device__ __forceinline__ void store_factors(uint8_t* to_left, uint8_t* to_righ
     for (int j = 0; j < kTogether; ++j) {
       const int task = threadIdx.x + (first + j) * S::kThreads, k = task / kEights * 8, column = task % kEights * 8;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) rows[j][i].load(right + (k + i) * n2 + column, k < n2 && column < n2);  // n2 is a multiple of 16
+      for (int i = 0; i < 8; ++i) {
+        const bool inside = k < n2 && column < n2;  // n2 is a multiple of 16
+        if (right_vectors)
+          rows[j][i].load(right + (k + i) * n2 + column, inside);
+        else
+          rows[j][i].load_some(right + (k + i) * n2 + column, inside ? 8 : 0);
+      }
     }
     if (first == 0) {
       then();
@@ -389,15 +400,28 @@ __device__ __forceinline__ float silu(float value) {
   return value * reciprocal(1.0f + exp2f(-1.44269504f * value));
 }
 
-// Where 16 bytes of a stage are in memory, in elements from the beginning of x as a contiguous matrix; negative where they are padding.
+// One of the rows' values, without indexing registers.
+template <typename Value, int kRows>
+__device__ __forceinline__ Value of_row(const Value (&values)[kRows], int row) {
+  return kRows == 1 || row == 0 ? values[0] : values[kRows - 1];
+}
+
+// A thread's part of a stage: vectors of 16 bytes, kTeamThreads apart.
 template <typename S>
-__device__ __forceinline__ int64_t place_of(const Problem& problem, int vector, int group) {
+constexpr int kVectors = S::kStageBytes / 16 / S::kTeamThreads;
+
+// Where such a vector is: which of the rows at once, and in it the element; negative where it is padding.
+struct Place {
+  int part, element;
+};
+
+template <typename S>
+__device__ __forceinline__ Place place_of(const Problem& problem, int index) {
+  const int vector = threadIdx.x % S::kTeamThreads + index * S::kTeamThreads;
   const int line = vector / 8 % S::kM, chunk = vector % 8 ^ line % 8;
   const int column = vector / (8 * S::kM) * kTile + chunk * 8;
-  const int64_t row = int64_t(group) * S::kRows + (S::kRows == 1 ? 0 : line / S::kN1);
-  const int line_of_row = S::kRows == 1 ? line : line % S::kN1;
-  if (row >= problem.rows || line_of_row >= problem.n1 || column >= problem.n2) return -1;
-  return (row * problem.n1 + line_of_row) * problem.n2 + column;
+  const int part = S::kRows == 1 ? 0 : line / S::kN1, line_of_row = S::kRows == 1 ? line : line % S::kN1;
+  return {part, line_of_row < problem.n1 && column < problem.n2 ? line_of_row * problem.n2 + column : -1};
 }
 
 // x = silu(x) * up in a stage, where up follows x.
@@ -405,7 +429,7 @@ template <typename Element, typename S>
 __device__ __forceinline__ void apply_gate(uint8_t* stage) {
   uint4* const x = reinterpret_cast<uint4*>(stage);
   const uint4* const up = reinterpret_cast<const uint4*>(stage + S::kStageBytes);
-#pragma unroll 1
+#pragma unroll 2
   for (int i = threadIdx.x % S::kTeamThreads; i < S::kStageBytes / 16; i += S::kTeamThreads) {
     uint4 values = x[i];
     const uint4 factors = up[i];
@@ -420,33 +444,46 @@ __device__ __forceinline__ void apply_gate(uint8_t* stage) {
   }
 }
 
+// gamma at a thread's places.
+template <typename Element, typename S>
+__device__ __forceinline__ void load_gamma(uint4 (&gammas)[kVectors<S>], const Problem& problem) {
+#pragma unroll
+  for (int i = 0; i < kVectors<S>; ++i) {
+    const int element = max(place_of<S>(problem, i).element, 0);
+    gammas[i] = __ldg(reinterpret_cast<const uint4*>(static_cast<const Element*>(problem.gamma) + element));
+  }
+}
+
 // x = gamma * (x / rms(x)) in a stage, after the residual that follows x was added to it; writes what is wanted of both to device memory.
 template <typename Element, typename S>
-__device__ __forceinline__ void apply_norm(uint8_t* stage, const Problem& problem, float (&squares)[8], int group, int team) {
-  uint4* const x = reinterpret_cast<uint4*>(stage);
-  const uint4* const residual = reinterpret_cast<const uint4*>(stage + S::kStageBytes);
-  constexpr int kVectors = S::kStageBytes / 16;
-  static_assert(kVectors % S::kTeamThreads == 0 && S::kTeamThreads / 8 <= S::kN1);  // the threads of a step work on one row of x
+__device__ __forceinline__ void apply_norm(uint8_t* stage, const uint4 (&gammas)[kVectors<S>], const Problem& problem, float (&squares)[8],
+                                           int group, int team) {
+  static_assert(S::kStageBytes / 16 % S::kTeamThreads == 0);
   const int thread = threadIdx.x % S::kTeamThreads, warp = thread / kWarp;
-  const auto part_of = [](int vector) { return S::kRows == 1 ? 0 : vector / 8 % S::kM / S::kN1; };
+  uint4* const x = reinterpret_cast<uint4*>(stage) + thread;
+  const uint4* const residual = reinterpret_cast<const uint4*>(stage + S::kStageBytes) + thread;
+  const int k = problem.n1 * problem.n2;
+  const auto is_there = [&](Place place) { return place.element >= 0 && group * S::kRows + place.part < problem.rows; };
+  const auto write = [&](void* matrix, Place place, const uint4& values) {
+    *reinterpret_cast<uint4*>(static_cast<Element*>(matrix) + (int64_t(group) * S::kRows + place.part) * k + place.element) = values;
+  };
 
-  float sums[2] = {0.0f, 0.0f};
-#pragma unroll 1
-  for (int i = thread; i < kVectors; i += S::kTeamThreads) {
-    uint4 values = x[i];
-    uint32_t* const pairs = &values.x;
+  uint4 values[kVectors<S>];
+  float sums[S::kRows] = {};
+#pragma unroll
+  for (int i = 0; i < kVectors<S>; ++i) {
+    const Place place = place_of<S>(problem, i);
+    values[i] = x[i * S::kTeamThreads];
+    uint32_t* const pairs = &values[i].x;
     if (problem.second) {
-      const uint4 added = residual[i];
+      const uint4 added = residual[i * S::kTeamThreads];
       const uint32_t* const others = &added.x;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float2 a = unpack<Element>(pairs[j]), b = unpack<Element>(others[j]);
         pairs[j] = pack<Element>(a.x + b.x, a.y + b.y);
       }
-      x[i] = values;
-      if (problem.sum != nullptr)
-        if (const int64_t place = place_of<S>(problem, i, group); place >= 0)
-          *reinterpret_cast<uint4*>(static_cast<Element*>(problem.sum) + place) = values;
+      if (problem.sum != nullptr && is_there(place)) write(problem.sum, place, values[i]);
     }
     float sum = 0.0f;
 #pragma unroll
@@ -454,8 +491,8 @@ __device__ __forceinline__ void apply_norm(uint8_t* stage, const Problem& proble
       const float2 value = unpack<Element>(pairs[j]);
       sum = fmaf(value.x, value.x, fmaf(value.y, value.y, sum));
     }
-    sums[0] += part_of(i) == 0 ? sum : 0.0f;
-    sums[1] += part_of(i) == 0 ? 0.0f : sum;
+#pragma unroll
+    for (int part = 0; part < S::kRows; ++part) sums[part] += place.part == part ? sum : 0.0f;
   }
 #pragma unroll
   for (int part = 0; part < S::kRows; ++part) {
@@ -464,37 +501,42 @@ __device__ __forceinline__ void apply_norm(uint8_t* stage, const Problem& proble
     if (thread % kWarp == 0) squares[part * S::kTeamWarps + warp] = sums[part];
   }
   named_barrier(kTeamBarrier + team, S::kTeamThreads);
-  float inverse[2];
+  float inverse[S::kRows];
 #pragma unroll
   for (int part = 0; part < S::kRows; ++part) {
     float sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < S::kTeamWarps; ++w) sum += squares[part * S::kTeamWarps + w];
-    inverse[part] = __frcp_rn(__fsqrt_rn(sum / float(problem.n1 * problem.n2) + problem.epsilon));
+    inverse[part] = __frcp_rn(__fsqrt_rn(sum / float(k) + problem.epsilon));
   }
-#pragma unroll 1
-  for (int i = thread; i < kVectors; i += S::kTeamThreads) {
-    const int64_t place = place_of<S>(problem, i, group);
-    if (place < 0) continue;  // zero
-    const int64_t column = place - (int64_t(group) * S::kRows + part_of(i)) * problem.n1 * problem.n2;
-    const float by = part_of(i) == 0 ? inverse[0] : inverse[S::kRows - 1];
-    uint4 values = x[i];
-    const uint4 gammas = __ldg(reinterpret_cast<const uint4*>(static_cast<const Element*>(problem.gamma) + column));
-    uint32_t* const pairs = &values.x;
-    const uint32_t* const others = &gammas.x;
+#pragma unroll
+  for (int i = 0; i < kVectors<S>; ++i) {
+    const Place place = place_of<S>(problem, i);
+    if (!is_there(place)) continue;  // zero
+    const float by = of_row(inverse, place.part);
+    uint32_t* const pairs = &values[i].x;
+    const uint32_t* const others = &gammas[i].x;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const float2 value = unpack<Element>(pairs[j]), gamma = unpack<Element>(others[j]);
       pairs[j] = pack<Element>(gamma.x * (value.x * by), gamma.y * (value.y * by));
     }
-    x[i] = values;
-    if (problem.normed != nullptr) *reinterpret_cast<uint4*>(static_cast<Element*>(problem.normed) + place) = values;
+    x[i * S::kTeamThreads] = values[i];
+    if (problem.normed != nullptr) write(problem.normed, place, values[i]);
   }
 }
 
 // Bytes of a row of x in shared memory, with the second operand beside it.
 template <typename S, PrologueKind kKind>
 constexpr int kStageBytesOf = kKind == PrologueKind::kNone ? S::kStageBytes : 2 * S::kStageBytes;
+
+// The exponent of what Z is to be multiplied by, given the one that it was and the largest magnitude of T that came of it, as bits.
+template <bool kHalf>
+__device__ __forceinline__ int next_lift(int lift, uint32_t largest, int attempt) {
+  if (largest >= 0x7F800000) return lift > 0 ? 0 : lift + kLower;
+  if (kHalf && attempt == 0 && largest < kSmall) return kLift;
+  return lift;
+}
 
 // Sets the rows of x in a stage that hold NaN or Inf to zero and returns which they were; all threads of the team call it.
 template <typename S>
@@ -534,6 +576,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   uint8_t* const left = S::kLeftInRegisters ? after_stages - kStageBytes : after_stages;
   uint8_t* const right = after_stages + S::kLeftBytes;
   const int team = threadIdx.x / S::kTeamThreads;
+  let_next_begin();
+  if (!problem.constant_factors) wait_for_work_before();
   Shared& shared = *reinterpret_cast<Shared*>(right + S::kRightBytes);
   const int warp = threadIdx.x / kWarp % S::kTeamWarps;
   const int lane = threadIdx.x % kWarp;
@@ -560,7 +604,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   }
   const float clip = problem.clip_ptr != nullptr ? *problem.clip_ptr : problem.clip;
 
-  // The factors are asked for before x: what is asked for later comes later.
+  // The factors are asked for before x: what is asked for later comes later. Constant ones are in place before x is there.
   const int early_stages = S::kLeftInRegisters ? problem.stages - 1 : problem.stages;  // the last one holds left for a while
   const auto fetch_first = [&] {
     if (threadIdx.x == 0) {
@@ -568,10 +612,17 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       for (int turn = 0; turn < min(turns, early_stages); ++turn) fetch(turn, turn);
     }
   };
+  const auto once_asked_for = [&] {
+    if (!problem.constant_factors) fetch_first();
+  };
   if (problem.float_factors)
-    store_factors<Element, float, S>(left, right, shared, problem, fetch_first);
+    store_factors<Element, float, S>(left, right, shared, problem, once_asked_for);
   else
-    store_factors<Element, Element, S>(left, right, shared, problem, fetch_first);
+    store_factors<Element, Element, S>(left, right, shared, problem, once_asked_for);
+  if (problem.constant_factors) {
+    wait_for_work_before();
+    fetch_first();
+  }
   fence_async_shared();
   __syncthreads();
   float power = 1.0f;  // that fp32 factors were divided by to be in fp16's range
@@ -620,20 +671,24 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const uint64_t right_descriptor = descriptor_plain(shared_address(right), S::kN2 / 8 * 128, 128);
 
   int stage = team, phase = 0, parity = 0;
-  int attempt = 0;          // at this turn's rows: where T is not finite, Z may have been too large for fp16
-  uint32_t not_finite = 0;  // a bit for each of the rows at once that holds NaN or Inf, known from the second attempt on
+  int attempt = 0;          // at this turn's rows
+  int lift[S::kRows] = {};  // the exponent of what Z is multiplied by before it is rounded, for each of the rows at once
+  uint32_t not_finite = 0;  // a bit for each of them that holds NaN or Inf, known from the second attempt on
 #pragma unroll 1
   for (int turn = team; turn < turns;) {
     while (stage >= problem.stages) stage -= problem.stages, phase ^= 1;
     uint8_t* const x_stage = shared_memory + stage * kStageBytes;
     const uint64_t x_descriptor = descriptor_transposed_128b(shared_address(x_stage), S::kBoxBytes);
+    uint4 gammas[kKind == PrologueKind::kRmsNorm ? kVectors<S> : 1];
+    if constexpr (kKind == PrologueKind::kRmsNorm)
+      if (attempt == 0) load_gamma<Element, S>(gammas, problem);
     barrier_wait(&shared.full[stage], phase);
     if constexpr (kKind != PrologueKind::kNone) {
       if (attempt == 0) {
         if constexpr (kKind == PrologueKind::kSiluMul)
           apply_gate<Element, S>(x_stage);
         else
-          apply_norm<Element, S>(x_stage, problem, shared.squares[team], group_of(turn), team);
+          apply_norm<Element, S>(x_stage, gammas, problem, shared.squares[team], group_of(turn), team);
         fence_async_shared();
         named_barrier(kTeamBarrier + team, S::kTeamThreads);
       }
@@ -654,10 +709,10 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     settle(z);
 
     // Unconditional where left is in registers: with a branch here, the compiler (13.0) gives them away after this product.
-    const float down = attempt == 0 ? 1.0f : attempt == 1 ? kCare : kCare * kCare;
     if (S::kLeftInRegisters || attempt > 0) {
+      const float factor = power_of_two(of_row(lift, part));
 #pragma unroll
-      for (int i = 0; i < kRegisters; ++i) z[i] *= down;
+      for (int i = 0; i < kRegisters; ++i) z[i] *= factor;
     }
     uint32_t rounded[S::kRightSteps][4];
 #pragma unroll
@@ -682,27 +737,35 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         warp_largest(__float_as_uint(larger_magnitude(larger_magnitude(most[0], most[1]), larger_magnitude(most[2], most[3]))));
     if (lane == 0) shared.largest[parity][team][warp] = warps_largest;
     named_barrier(kTeamBarrier + team, S::kTeamThreads);
-    uint32_t largest = 0, teams_largest = 0;
+    uint32_t largest[S::kRows] = {};
 #pragma unroll
-    for (int w = 0; w < S::kTeamWarps; ++w) {
-      const uint32_t value = shared.largest[parity][team][w];
-      teams_largest = max(teams_largest, value);
-      if (S::kRows > 1 && w / S::kRowWarps == part) largest = max(largest, value);
-    }
-    if (S::kRows == 1) largest = teams_largest;
+    for (int w = 0; w < S::kTeamWarps; ++w) largest[w / S::kRowWarps] = max(largest[w / S::kRowWarps], shared.largest[parity][team][w]);
     parity ^= 1;
-    if (teams_largest >= kInfinity && attempt < 2) {
-      if (S::kRows > 1 && attempt == 0)
-        not_finite = clear_not_finite<S>(x_stage, shared.not_finite[team], kHalf ? 0x7C007C00 : 0x7F807F80, team);
-      ++attempt;
-      continue;
+    if (attempt < 2) {
+      bool again = false, infinite = false;
+#pragma unroll
+      for (int r = 0; r < S::kRows; ++r) {
+        const int next = next_lift<kHalf>(lift[r], largest[r], attempt);
+        again |= next != lift[r];
+        infinite |= largest[r] >= kInfinity;
+        lift[r] = next;
+      }
+      if (again) {
+        if (S::kRows > 1 && attempt == 0 && infinite) {
+          not_finite = clear_not_finite<S>(x_stage, shared.not_finite[team], kHalf ? 0x7C007C00 : 0x7F807F80, team);
+#pragma unroll
+          for (int r = 0; r < S::kRows; ++r) lift[r] = not_finite != 0 ? 0 : lift[r];  // of one that was infinite for another's sake
+        }
+        ++attempt;
+        continue;
+      }
     }
     if (leads && turn + problem.stages < turns) fetch(turn + problem.stages, stage);
-    if (not_finite >> part & 1) largest = 0x7FC00000;
+    const uint32_t bits = not_finite >> part & 1 ? 0x7FC00000 : of_row(largest, part);
 
     // step < FLT_MIN just where the product it is the quotient of is below FLT_MIN qmax; the codes need no exact quotient.
-    const float of_t = power * (attempt == 0 ? 1.0f : attempt == 1 ? 1 / kCare : 1 / kCare / kCare);  // what T was divided by
-    const float product = __fmul_rn(__uint_as_float(largest) * of_t, clip);
+    const float of_t = power * power_of_two(-of_row(lift, part));  // what T was divided by
+    const float product = __fmul_rn(__uint_as_float(bits) * of_t, clip);
     const bool zero = product < least;
     rounding.multiplier = zero ? 0.0f : reciprocal(0.25f * product) * problem.quarter_of_level * of_t;
     const int64_t index = int64_t(group_of(turn)) * S::kRows + part;
@@ -722,6 +785,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     stage += S::kTeams;
     attempt = 0;
     not_finite = 0;
+#pragma unroll
+    for (int r = 0; r < S::kRows; ++r) lift[r] = 0;
   }
 }
 
@@ -774,7 +839,6 @@ const char* fits(const fq_flat_quantize_params& params, const Prologue& prologue
   if (params.k != int64_t(params.n1) * params.n2) return "takes one block: k = n1 n2";
   if (params.rows > INT32_MAX - 65536) return "takes fewer rows";
   if (params.variant == 0 && params.rows < kFewestRows) return "is for 64 rows or more (name it to have it for fewer)";
-  if (reinterpret_cast<uintptr_t>(params.right) % 16 != 0) return "takes right at a multiple of 16 bytes";
   if (device.shared_memory < kSharedMemory) return "needs the shared memory of compute capability 9.0";
   return nullptr;
 }
@@ -803,15 +867,13 @@ fq_status launch_shape(const fq_flat_quantize_params& params, const Prologue& pr
     if (const fq_status status = make_row_map<Element, S>(&second, params, other, stride); status != FQ_OK) return status;
 
   static_assert(shared_bytes<S, kKind>(S::kLeftInRegisters ? 2 : S::kTeams) <= kSharedMemory, "there is room for x");
-  problem.stages = stages_for<S, kKind>(device);
-  const int bytes = shared_bytes<S, kKind>(problem.stages);
-  const auto kernel = flat_quantize<Element, S, kKind>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (const fq_status status = check(error, "cudaFuncSetAttribute"); status != FQ_OK) return status;
   const int groups = (problem.rows + S::kRows - 1) / S::kRows;
   const int blocks = groups < device.multiprocessors ? groups : device.multiprocessors;
-  kernel<<<blocks, S::kThreads, bytes, stream>>>(x, second, problem);
-  return check(cudaGetLastError(), "flat_quantize");
+  // No more than are used: the next kernel may find room beside this one.
+  const int turns = (groups + blocks - 1) / blocks + (S::kLeftInRegisters ? 1 : 0);
+  problem.stages = std::min(stages_for<S, kKind>(device), turns);
+  const Launch launch = {dim3(unsigned(blocks)), dim3(1), S::kThreads, shared_bytes<S, kKind>(problem.stages), problem.constant_factors};
+  return launch_kernel("FlatQuantize wgmma_f16", flat_quantize<Element, S, kKind>, launch, stream, x, second, problem);
 }
 
 template <PrologueKind kKind>
@@ -842,6 +904,7 @@ fq_status launch(const fq_flat_quantize_params& params, const Prologue& prologue
   problem.base = 12582912.0f - (problem.qmax + 1.0f);
   problem.quarter_of_level = 0.25f * problem.qmax / problem.levels;
   problem.float_factors = params.factor_dtype == FQ_FLOAT;
+  problem.constant_factors = params.constant_factors != 0;
   problem.packed = params.container != FQ_INT8;
   if (prologue.kind == PrologueKind::kRmsNorm) {
     problem.gamma = prologue.norm->gamma;

@@ -64,6 +64,8 @@ typedef struct fq_flat_quantize_params {
   int32_t container;     /* fq_container; FQ_PACKED and FQ_INT32X8 only with 4 bits and an even k (a multiple of 8) */
   float clip;            /* used where clip_ptr is NULL */
   int32_t variant;       /* 0: the table's choice; else 1 + index of an entry of fq_kernels that takes this problem */
+  int32_t constant_factors; /* not 0: no work that is still under way on any stream writes left, right, clip_ptr or gamma, so that they may
+                               be read before the work ahead on the stream is done, while it makes x */
 } fq_flat_quantize_params;
 
 FQ_API fq_status fq_flat_quantize(const fq_flat_quantize_params* params, fq_stream stream);

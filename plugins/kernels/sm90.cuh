@@ -47,8 +47,15 @@ fq_status make_tensor_map(CUtensorMap* map, const void* data, CUtensorMapDataTyp
   if (encode == nullptr) return fail(FQ_CUDA_ERROR, "the driver has no cuTensorMapEncodeTiled: update it to one for CUDA 12 or later");
   cuuint32_t steps[kRank];
   for (cuuint32_t& step : steps) step = 1;
-  const CUresult result = encode(map, type, kRank, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                 swizzle, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto make = [&] {
+    return encode(map, type, kRank, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, promotion,
+                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = make();
+  if (result == CUDA_ERROR_INVALID_CONTEXT) {  // a thread of which the runtime does not know yet
+    int device = 0;
+    if (cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess) result = make();
+  }
   if (result != CUDA_SUCCESS)
     return fail(FQ_CUDA_ERROR, "cuTensorMapEncodeTiled refused a tensor with rows of %llu with error %d",
                 static_cast<unsigned long long>(sizes[0]), static_cast<int>(result));

@@ -8,14 +8,16 @@
 //                 tokens by multicast; results leave through shared memory while the next tile's stages are on their way.
 //   few_tokens    bound by the weights' way from memory: all blocks at once, K split over the blocks of a cluster, whose integer sums are
 //                 added through distributed shared memory: no workspace, and the same bits in any order.
-#include "dependent_launch.cuh"
-#include "sm90.cuh"
-#include "wgmma_s8.cuh"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <algorithm>
+
+#include "kernel.h"
+#include "launch.cuh"
+#include "sm90.cuh"
+#include "wgmma_s8.cuh"
 
 namespace fq {
 namespace {
@@ -312,6 +314,7 @@ __global__ void __launch_bounds__(kConsumers + 128, 1)
   static_assert(!kGrouped || kTiles == 1, "the integer and the fp32 sums of one tile fill the registers");
   using Kernel = ManyTokens<kTokens, kTiles, kStages>;
   using Stage = typename Kernel::Stage;
+  let_next_begin();
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& shared = *reinterpret_cast<typename Kernel::Shared*>(raw);
   const int warpgroup = threadIdx.x / 128;
@@ -465,6 +468,9 @@ __global__ void __launch_bounds__(kConsumers + 128, 1)
 template <int kTokens, bool kGrouped>
 constexpr int kFewWarpgroups = kGrouped && kTokens == 64 ? 2 : 4;
 
+// More than the memory's latency asks for; what is left of a multiprocessor lets the quantizer before stay while the weights come in.
+constexpr int kFewRing = 152 * 1024;
+
 template <int kTokens, int kTiles, int kWarpgroups>
 struct FewTokens {
   static constexpr int kConsumers = 128 * kWarpgroups;
@@ -474,7 +480,7 @@ struct FewTokens {
   static constexpr int kMine = kBlocks / kSlots;           // of a warpgroup
   using Stage = Stage<kRows, kTokens, kBlocks>;
   static constexpr int kPitch = kRows + 4;  // 32-bit words a token: rows of a column fall into different banks
-  static constexpr int kStages = (226 * 1024 - kTokens * 4) / (Stage::kBytes + 16);
+  static constexpr int kStages = (kFewRing - kTokens * 4) / (Stage::kBytes + 16);
   struct Sums {
     int32_t own[kSlots * kTokens * kPitch];
     int32_t others[kSlots * kTokens * kPitch];  // [other block][slot][tokens that this block finishes][kPitch]
@@ -521,6 +527,7 @@ __global__ void __launch_bounds__(128 * kFewWarpgroups<kTokens, kGrouped> + 32, 
     for (int block = 0; block < kBlocks; ++block)
       copy_box(place + block * Stage::kTokenBytes, &q_map, &shared.full[stage], ((first + i) * kBlocks + block) * kBlockK, token0, Keep::kLastOut);
   };
+  let_next_begin();
   if (!p.constant_weights) wait_for_work_before();
   if (threadIdx.x == kConsumers) {
     for (int i = 0; i < kStages; ++i) {
@@ -663,41 +670,6 @@ __global__ void __launch_bounds__(128 * kFewWarpgroups<kTokens, kGrouped> + 32, 
 
 constexpr const char* kName = "W4A4Gemm wgmma_s8";
 
-struct Launch {
-  dim3 grid, cluster;
-  int threads, shared_bytes;
-  bool waits_itself;  // may begin while the work before on the stream is not done (programmatic dependent launch)
-};
-
-template <typename Kernel, typename... Arguments>
-fq_status launch_kernel(Kernel* kernel, const Launch& launch, cudaStream_t stream, const Arguments&... arguments) {
-  // At every launch: the attribute is the current device's, and nothing is kept between calls.
-  if (const fq_status status = check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes), kName))
-    return status;
-  cudaLaunchAttribute attributes[2];
-  int count = 0;
-  if (launch.cluster.x * launch.cluster.y * launch.cluster.z > 1) {
-    cudaLaunchAttribute& attribute = attributes[count++];
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = launch.cluster.x;
-    attribute.val.clusterDim.y = launch.cluster.y;
-    attribute.val.clusterDim.z = launch.cluster.z;
-  }
-  if (launch.waits_itself) {
-    cudaLaunchAttribute& attribute = attributes[count++];
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = launch.grid;
-  config.blockDim = dim3(launch.threads);
-  config.dynamicSmemBytes = launch.shared_bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = count;
-  return check(cudaLaunchKernelEx(&config, kernel, arguments...), kName);
-}
-
 Problem problem_of(const fq_w4a4_gemm_params& p) {
   return {p.scale, p.w_scale, p.bias, p.y, int(p.m), int(p.n), int(p.k / kBlockK), p.dtype, p.constant_weights != 0};
 }
@@ -724,7 +696,7 @@ fq_status launch_many(const fq_w4a4_gemm_params& p, const Device& device, cudaSt
   const int64_t row_pairs = (p.n + kPair * Kernel::kRows - 1) / (kPair * Kernel::kRows);
   const int64_t clusters = std::min<int64_t>(row_pairs * ((p.m + kTokens - 1) / kTokens), device.multiprocessors / kPair);
   const Launch launch = {dim3(unsigned(clusters * kPair)), dim3(kPair, 1, 1), kConsumers + 128, Kernel::kSharedBytes, false};
-  return launch_kernel(many_tokens<kTokens, kTiles, kStages, kGrouped>, launch, stream, w_map, q_map, y_map, problem_of(p));
+  return launch_kernel(kName, many_tokens<kTokens, kTiles, kStages, kGrouped>, launch, stream, w_map, q_map, y_map, problem_of(p));
 }
 
 // How few_tokens shares out the work: blocks of `rows` channels (a multiple of 16) and a `splits`-th of K; `cost` in bytes that a
@@ -758,7 +730,7 @@ fq_status launch_few_rows(const fq_w4a4_gemm_params& p, Shares shares, cudaStrea
   if (const fq_status status = make_tensor_map(&q_map, codes_of(p), kTokens, kBlockK, CU_TENSOR_MAP_SWIZZLE_128B)) return status;
   const Launch launch = {dim3(unsigned((p.n + shares.rows - 1) / shares.rows), unsigned(shares.splits), unsigned((p.m + kTokens - 1) / kTokens)),
                          dim3(1, unsigned(shares.splits), 1), Kernel::kConsumers + 32, Kernel::kSharedBytes, p.constant_weights != 0};
-  return launch_kernel(few_tokens<kTokens, kTiles, kGrouped>, launch, stream, w_map, q_map, problem_of(p), shares.rows);
+  return launch_kernel(kName, few_tokens<kTokens, kTiles, kGrouped>, launch, stream, w_map, q_map, problem_of(p), shares.rows);
 }
 
 template <int kTokens, bool kGrouped>

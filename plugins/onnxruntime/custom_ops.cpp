@@ -352,6 +352,7 @@ class Quantizer {
     packed_ = node.flag("packed");
     if (packed_ && bits_ != 4) throw Failure(std::string(op) + ": 8-bit codes cannot be packed two a byte");
     keep_constant_factors(node);
+    constant_inputs_ = node.constant(left_) != nullptr && node.constant(right_) != nullptr && node.constant(clip_) != nullptr;
   }
 
   size_t element_size() const { return dtype_ == FQ_FLOAT ? sizeof(float) : sizeof(uint16_t); }
@@ -374,6 +375,7 @@ class Quantizer {
     params.bits = bits_;
     params.container = packed_ ? FQ_PACKED : FQ_INT8;
     params.factor_dtype = FQ_FLOAT;
+    params.constant_factors = constant_inputs_;  // initializers, which nobody writes
     if (constant_) {
       params.n1 = constant_->n1;
       params.n2 = constant_->n2;
@@ -429,7 +431,7 @@ class Quantizer {
   const char* op_;
   int32_t dtype_, bits_;
   size_t left_, right_, clip_;
-  bool packed_;
+  bool packed_, constant_inputs_;
   std::optional<Factors> constant_;
 };
 
@@ -498,16 +500,17 @@ template <bool kAdds>
 class RmsNormFlatQuantize {
  public:
   static constexpr const char* kName = kAdds ? "AddRmsNormFlatQuantize" : "RmsNormFlatQuantize";
+  static constexpr size_t kGammaInput = kAdds ? size_t{kAddGamma} : size_t{kGamma};
 
   RmsNormFlatQuantize(const OrtApi& api, const OrtKernelInfo* info, int32_t dtype)
       : api_(api),
         quantizer_(api, info, kName, dtype, kAdds ? size_t{kAddRmsNormFactors} : size_t{kRmsNormFactors}),
-        epsilon_(Node(api, info).number("epsilon", 1e-5f)) {}
+        epsilon_(Node(api, info).number("epsilon", 1e-5f)),
+        constant_gamma_(Node(api, info).constant(kGammaInput) != nullptr) {}
 
   void compute(OrtKernelContext* context) const {
     const Call call(api_, context);
-    constexpr size_t gamma_input = kAdds ? size_t{kAddGamma} : size_t{kGamma};
-    const Shape x = shape_of(api_, call.input(0)), gamma = shape_of(api_, call.input(gamma_input));
+    const Shape x = shape_of(api_, call.input(0)), gamma = shape_of(api_, call.input(kGammaInput));
     if (x.empty() || gamma != Shape{x.back()}) {
       throw Failure(std::string(kName) + ": gamma " + text(gamma) + " does not fit rows of " + text(x));
     }
@@ -518,10 +521,11 @@ class RmsNormFlatQuantize {
       norm.residual = call.data<void>(kResidual);
       norm.sum = call.output<void>(kSumOutput, x);
     }
-    norm.gamma = call.data<void>(gamma_input);
+    norm.gamma = call.data<void>(kGammaInput);
     norm.epsilon = epsilon_;
     fq_flat_quantize_params params = quantizer_.prepare(call, x);
     if (params.rows == 0) return;
+    if (!constant_gamma_) params.constant_factors = 0;
     const AlignedRows aligned(call, 0, params.rows, params.k * quantizer_.element_size());
     quantizer_.set_x(&params, aligned);
     check(fq_rms_norm_flat_quantize(&params, &norm, call.stream()), kName);
@@ -531,6 +535,7 @@ class RmsNormFlatQuantize {
   const OrtApi& api_;
   Quantizer quantizer_;
   float epsilon_;
+  bool constant_gamma_;
 };
 
 // --- W4A4Gemm -------------------------------------------------------------------------------------------------------------------------
@@ -608,6 +613,7 @@ class W4A4Gemm {
     params.dtype = dtype_;
     params.container = packed_ ? FQ_PACKED : FQ_INT8;
     params.layout = layout_;
+    params.constant_weights = weight_.has_value();  // initializers, which nobody writes
     check(fq_w4a4_gemm(&params, call.stream()), "W4A4Gemm");
   }
 
