@@ -8,7 +8,6 @@ import click
 
 from fqonnx.cli import options, terminal
 from fqonnx.engines import ENGINES, EngineOptions
-from fqonnx.errors import UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,17 +16,10 @@ if TYPE_CHECKING:
 @click.command(cls=options.ShapesCommand)
 @click.argument("model", type=options.PATH)
 @click.option("-o", "--output", "out", type=options.PATH, required=True, metavar="OUT", help="The build directory to write.")
-@click.option(
-    "--calib-data",
-    metavar="DATA",
-    help="What the model sees in use: file.npz, a folder of .npy/.npz, Polygraphy .json, script.py[:function] or text:FILE.",
-)
-@click.option(
-    "--random-calibration", is_flag=True, help="Calibrate on random inputs that fit the graph. Accuracy suffers: for size and speed trials."
-)
-@click.option("--calib-samples", type=click.IntRange(min=1), default=128, show_default=True, help="Samples to read at most.")
+@options.calibration_options
 @options.data_options
 @options.recipe_options
+@options.allocation_options
 @click.option("--engine", type=click.Choice(list(ENGINES)), default="onnxruntime", show_default=True, help="The runtime to build for.")
 @click.option(
     "--target",
@@ -62,6 +54,11 @@ def build(
     version_compatible: bool,
     optimization_level: int | None,
     recipe_file: Path | None,
+    mix: tuple[str, ...] | None,
+    avg_bits: float | None,
+    method: str,
+    known: Path | None,
+    sensitivity_samples: int,
     max_error: float | None,
     as_json: bool,
     quiet: bool,
@@ -71,10 +68,7 @@ def build(
 
     Exits with 0 when the result is within --max-error and with 1 otherwise; the directory is written either way.
     """
-    if calib_data is None and not random_calibration:
-        raise UsageError("no calibration data: give --calib-data DATA (what the model sees in use), or say --random-calibration")
-    if calib_data is not None and random_calibration:
-        raise UsageError("--calib-data and --random-calibration exclude each other: give one of them")
+    options.check_calibration(calib_data, random_calibration=random_calibration)
     recipe = options.read_recipe(recipe_file, choices)
     profiles = options.read_profiles(min_shapes, opt_shapes, max_shapes)
 
@@ -95,6 +89,7 @@ def build(
             rebuild=choices["force"],
         ),
         max_error=max_error,
+        mix=options.read_mix(mix, avg_bits, method, known, sensitivity_samples),
         progress=terminal.progress(quiet),
         command=command,
         **{name: value for name, value in choices.items() if name not in recipe.to_dict()},

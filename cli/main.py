@@ -17,9 +17,11 @@ import click
 from fqonnx.cli import terminal
 from fqonnx.cli.bench import bench
 from fqonnx.cli.build import build
+from fqonnx.cli.debug import debug
 from fqonnx.cli.inspect import inspect
 from fqonnx.cli.plugin import plugin
 from fqonnx.cli.report import report
+from fqonnx.cli.sensitivity import sensitivity
 from fqonnx.cli.verify import verify
 from fqonnx.errors import FqonnxError
 
@@ -86,7 +88,7 @@ def program() -> None:
     """Quantize any exported ONNX transformer to W4A4 with learned FlatQuant transforms, and prove how good it is."""
 
 
-for _command in (inspect, build, verify, bench, report, plugin):
+for _command in (inspect, build, verify, bench, report, sensitivity, plugin, debug):
     program.add_command(_command)
 
 

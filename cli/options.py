@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -17,7 +17,10 @@ from fqonnx.calib.weights import WEIGHT_QUANTIZERS
 from fqonnx.cli import terminal
 from fqonnx.engines import Profile
 from fqonnx.errors import UsageError
-from fqonnx.recipe import GROUP_SIZES, SCHEMES, Recipe
+from fqonnx.recipe import ALLOCATIONS, GROUP_SIZES, SCHEMES, Recipe
+
+if TYPE_CHECKING:
+    from fqonnx.sensitivity import Mix
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Shapes = dict[str, tuple[int, ...]]
@@ -69,6 +72,49 @@ recipe_options = group(
     click.option("--steps", type=int, help="Training steps of a learned transform per group.  [default: the transform's own]"),
 )
 """The fields of ``Recipe``, plus ``--recipe``; read them with ``read_recipe``."""
+
+calibration_options = group(
+    click.option(
+        "--calib-data",
+        metavar="DATA",
+        help="What the model sees in use: file.npz, a folder of .npy/.npz, Polygraphy .json, script.py[:function] or text:FILE.",
+    ),
+    click.option(
+        "--random-calibration",
+        is_flag=True,
+        help="Calibrate on random inputs that fit the graph. Accuracy suffers: for size and speed trials.",
+    ),
+    click.option("--calib-samples", type=click.IntRange(min=1), default=128, show_default=True, help="Samples to read at most."),
+)
+"""What calibration runs on; check them with ``check_calibration``."""
+
+mix_option = click.option(
+    "--mix",
+    metavar="SCHEME,...",
+    callback=lambda _context, _option, value: None if value is None else tuple(part.strip() for part in value.split(",")),
+    help="Schemes that a group may get, float among them.  [default: w4a4,w4a8,w8a8,w8a16,float]",
+)
+
+allocation_options = group(
+    mix_option,
+    click.option(
+        "--avg-bits",
+        type=click.FloatRange(min=1, max=16),
+        help="Choose a scheme per group for the smallest error at this many bits of weights and activations on average.",
+    ),
+    click.option(
+        "--allocation", "method", type=click.Choice(ALLOCATIONS), default=ALLOCATIONS[0], show_default=True, help="How schemes are chosen."
+    ),
+    click.option("--sensitivity", "known", type=PATH, metavar="DIR", help="Take the groups' errors from an `fqonnx sensitivity -o DIR`."),
+    click.option(
+        "--sensitivity-samples",
+        type=click.IntRange(min=1),
+        default=8,
+        show_default=True,
+        help="Samples of the calibration data that the groups' errors are measured on.",
+    ),
+)
+"""A scheme for each group; read them with ``read_mix``."""
 
 data_options = group(
     click.option("--tokenizer", type=PATH, metavar="FILE", help="tokenizer.json for text:FILE data."),
@@ -123,6 +169,33 @@ def read_recipe(file: Path | None, flags: Mapping[str, Any]) -> Recipe:
     values = {} if file is None else _read_table(file)
     values |= {name: value for name, value in flags.items() if name in Recipe.__dataclass_fields__ and value not in (None, ())}
     return Recipe.from_dict(values)
+
+
+def check_calibration(data: str | None, *, random_calibration: bool) -> None:
+    """Whether exactly one kind of calibration data is given.
+
+    Raises:
+        UsageError: None is, or both.
+    """
+    if data is None and not random_calibration:
+        raise UsageError("no calibration data: give --calib-data DATA (what the model sees in use), or say --random-calibration")
+    if data is not None and random_calibration:
+        raise UsageError("--calib-data and --random-calibration exclude each other: give one of them")
+
+
+def read_mix(mix: tuple[str, ...] | None, avg_bits: float | None, method: str, known: Path | None, samples: int) -> Mix | None:
+    """How schemes are chosen per group; None where neither ``--mix`` nor ``--avg-bits`` is given.
+
+    Raises:
+        UsageError: A scheme is unknown, or ``--sensitivity`` is given without them.
+    """
+    if mix is None and avg_bits is None:
+        if known is not None:
+            raise UsageError("--sensitivity says what schemes cost: say what to choose with --avg-bits, or --mix and --max-error")
+        return None
+    from fqonnx.sensitivity import MIX, Mix
+
+    return Mix(schemes=mix or MIX, avg_bits=avg_bits, method=method, samples=samples, known=known)
 
 
 def _read_table(file: Path) -> dict[str, Any]:

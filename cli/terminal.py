@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fqonnx.bench import Bench
+    from fqonnx.debug import Bisection
     from fqonnx.inspect import Inspection
     from fqonnx.plugins.build import Built
     from fqonnx.progress import Progress
     from fqonnx.report import Report
+    from fqonnx.report.mixed import SensitivityReport
 
 _LEVELS = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO}
 
@@ -82,6 +84,20 @@ def show_report(report: Report, *, as_json: bool, quiet: bool) -> None:
         print_report(report, Console())
 
 
+def show_sensitivity(report: SensitivityReport, *, as_json: bool, quiet: bool) -> None:
+    """Print groups' sensitivities on stdout: JSON where asked for, else tables unless quiet."""
+    if as_json:
+        from fqonnx.report.schema import encode
+
+        _print_json(encode(report))
+    elif not quiet:
+        from rich.console import Console
+
+        from fqonnx.report.mixed_console import print_sensitivity
+
+        print_sensitivity(report, Console())
+
+
 def show_inspection(inspection: Inspection, *, as_json: bool, quiet: bool) -> None:
     """Print an inspection on stdout: JSON where asked for, else tables unless quiet."""
     if as_json:
@@ -104,6 +120,18 @@ def show_bench(result: Bench, *, as_json: bool, quiet: bool) -> None:
         from fqonnx.bench import print_bench
 
         print_bench(result, Console())
+
+
+def show_bisection(result: Bisection, *, as_json: bool, quiet: bool) -> None:
+    """Print which group pushes the output past the threshold on stdout: JSON where asked for, else a table unless quiet."""
+    if as_json:
+        _print_json(result.to_dict())
+    elif not quiet:
+        from rich.console import Console
+
+        from fqonnx.console import print_bisection
+
+        print_bisection(result, Console())
 
 
 def show_plugin(built: Built, *, as_json: bool, quiet: bool) -> None:

@@ -25,9 +25,6 @@ from fqonnx.recipe import GROUP_SCHEMES
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-METHODS = ("dynamic", "greedy")
-"""``dynamic`` is exact; ``greedy`` takes the upgrade that saves the most error per bit, over and over."""
-
 
 @dataclass(frozen=True)
 class Bits:
@@ -200,7 +197,7 @@ def allocate(items: Sequence[Item], parameters: int, *, avg_bits: float | None =
         parameters: Of all of them.
         avg_bits: Bound on the average bits; the error is made as small as it allows.
         error: Bound on the error; the cost is made as small as it allows. Exactly one of the two is given.
-        method: One of ``METHODS``.
+        method: One of ``fqonnx.recipe.ALLOCATIONS``.
 
     Raises:
         UsageError: Nothing is within the bound, or a group has no option with a finite error.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from fqonnx import artifact
+from fqonnx import artifact, sensitivity
 from fqonnx import model as model_file
 from fqonnx.calib.data.holdout import Part, count_samples, has_free_batch
 from fqonnx.calib.kron import factor
@@ -33,6 +33,7 @@ from fqonnx.progress import Silent
 from fqonnx.recipe import Recipe
 from fqonnx.report import DataReport, GroupReport, LeftReport, Report, load_report, save_report
 from fqonnx.report.html import save_html
+from fqonnx.report.schema import encode
 from fqonnx.sizes import constant_bytes, constants
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from fqonnx.passes.groups import LinearGroup, Linears
     from fqonnx.progress import Progress
     from fqonnx.recipe import Scheme
+    from fqonnx.sensitivity import Mix
 
 MAX_ERROR = 0.5
 """Bound on the error where nothing is asked for: far above what a good recipe costs, and below what a ruined model shows."""
@@ -71,6 +73,7 @@ def build(
     profiles: Sequence[Profiles] = (),
     engine_options: EngineOptions | None = None,
     max_error: float | None = None,
+    mix: Mix | None = None,
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -100,6 +103,7 @@ def build(
         engine_options: How the engine is built.
         max_error: Largest relative L2 error of a float output; None is ``MAX_ERROR``, or with random inputs, which say little about
             accuracy, no bound at all.
+        mix: Choose a scheme for each group; None takes those of the recipe.
         resume: Reuse what an interrupted build of the same ``out`` has finished.
         force: Replace an existing build directory.
         progress: Where to tell how far it is.
@@ -120,16 +124,20 @@ def build(
     progress = progress or Silent()
     if max_error is None and not random_calibration:
         max_error = MAX_ERROR
+    if mix is not None and recipe.schemes:
+        raise UsageError("schemes of single groups (--group-scheme) and a choice of schemes (--avg-bits, --mix) exclude each other")
+    if mix is not None and mix.avg_bits is None and max_error is None:
+        raise UsageError("--mix needs a bound: give --avg-bits or --max-error")
     builder = engine_named(engine)
-    _require_device(device)
+    require_device(device)
     # What is missing is told before the long work: kernels for the target, the engine, the kernels' library for verification.
     builder.require(target, engine_options)
     lowering = builder.lowering(target)
     kernels = target_named(lowering)
-    clock = _Clock()
+    clock = Clock()
     with artifact.Workspace(Path(out), force=force, resume=resume) as workspace:
         with clock("read"):
-            float_model = _FloatModel.read(Path(model), recipe)
+            float_model = FloatModel.read(Path(model), recipe)
             _require_kernels(float_model.found.groups, recipe, kernels)
             if device == "cuda" and any(recipe.scheme_of(group.name).quantizes_activations for group in float_model.found.groups):
                 onnxruntime.require_kernels()
@@ -143,22 +151,33 @@ def build(
                 seed=recipe.seed,
                 random=random_calibration,
             )
-            data = _Data.split(source, calib_data, model_file.inputs(float_model.model))
+            data = Data.split(source, calib_data, model_file.inputs(float_model.model))
         workspace.settings(
             {
                 "fqonnx": version("fqonnx"),
                 "model": float_model.fingerprint,
                 "data": data.calibration.fingerprint,
                 "device": device,
+                "--mix": None if mix is None else list(mix.schemes),
                 **{f"--{name.replace('_', '-')}": value for name, value in recipe.to_dict().items()},
             }
         )
-        workspace.require_space(float_model.disk_needed(recipe, data.rows))
-        groups = float_model.found.groups
+        workspace.require_space(float_model.disk_needed(recipe, data.rows, schemes=1 if mix is None else len(mix.schemes)))
+        if mix is not None and mix.known is not None:
+            sensitivity.adopt_work(mix.known, workspace.work)
         with clock("observe"):
-            stats = _observe(float_model, data, recipe, workspace.work, progress)
+            stats = observe_groups(float_model, data, recipe, workspace.work, progress, tokens=mix is not None)
+        sensitivities, allocation = None, None
+        if mix is not None:
+            sensitivities, allocation = sensitivity.choose_for_build(
+                float_model, data, recipe, mix, stats, workspace.work, max_error=max_error, device=device, progress=progress, clock=clock
+            )
+            recipe = replace(recipe, schemes=tuple(allocation.schemes.items()))
+            float_model = float_model.under(recipe)
+            _require_kernels(float_model.found.groups, recipe, kernels)
+        groups = float_model.found.groups
         with clock("solve"):
-            inputs = f"{float_model.fingerprint} {data.calibration.fingerprint}"
+            inputs = float_model.solved_from(data)
             solution = solve(groups, stats, recipe, workdir=workspace.work, fingerprint=inputs, device=device, progress=progress)
         with clock("rewrite"):
             bindings = _write_model(float_model, solution, recipe, lowering, workspace.files / artifact.MODEL)
@@ -181,6 +200,8 @@ def build(
             groups=tuple(entry for entry, _ in entries),
             left_in_float=tuple(LeftReport.of(left) for left in float_model.found.left_in_float),
             engine=built,
+            sensitivity=sensitivities,
+            allocation=allocation,
             recipe=recipe.to_dict(),
             command=command,
             notes=(*data.notes, *report.notes),
@@ -203,6 +224,7 @@ def build(
                     "fingerprint": data.calibration.fingerprint,
                 },
                 "versions": report.environment,
+                **({} if allocation is None else {"allocation": encode(allocation)}),
                 "groups": [entry for _, entry in entries],
                 "left_in_float": [_encode_left(left) for left in report.left_in_float],
                 "passed": report.passed,
@@ -261,7 +283,7 @@ def read_report(opened: artifact.Artifact) -> Report:
     return load_report(opened.report)
 
 
-class _Clock:
+class Clock:
     """Seconds by stage."""
 
     def __init__(self) -> None:
@@ -270,20 +292,22 @@ class _Clock:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
+        """Count the time within to ``stage``; of one that comes again, to its sum."""
         start = time.perf_counter()
         _log.info("%s ...", stage)
         try:
             yield
         finally:
-            self._stages[stage] = time.perf_counter() - start
-            _log.info("%s: %.1f s", stage, self._stages[stage])
+            self._stages[stage] = self._stages.get(stage, 0.0) + time.perf_counter() - start
+            _log.info("%s: %.1f s", stage, time.perf_counter() - start)
 
     def seconds(self) -> dict[str, float]:
+        """By stage, and ``total`` since the clock was made."""
         return {**self._stages, "total": time.perf_counter() - self._start}
 
 
 @dataclass(frozen=True)
-class _FloatModel:
+class FloatModel:
     """The float model, read and looked through."""
 
     path: Path
@@ -293,7 +317,12 @@ class _FloatModel:
     float_bytes: int
 
     @classmethod
-    def read(cls, path: Path, recipe: Recipe) -> _FloatModel:
+    def read(cls, path: Path, recipe: Recipe) -> FloatModel:
+        """Read a model and find what the recipe quantizes.
+
+        Raises:
+            ModelError: It cannot be read, is quantized already, or holds nothing to quantize.
+        """
         from fqonnx.passes.linears import find_for
         from fqonnx.passes.prepare import prepare
 
@@ -306,15 +335,33 @@ class _FloatModel:
             raise ModelError(f"{path} has nothing to quantize: {_why_nothing(found)}")
         return cls(path, model, found, fingerprint, float_bytes)
 
-    def disk_needed(self, recipe: Recipe, rows: int) -> int:
+    def under(self, recipe: Recipe) -> FloatModel:
+        """The same model, with the groups that another recipe leaves to be quantized.
+
+        Raises:
+            ModelError: There are none.
+        """
+        from fqonnx.passes.linears import find_for
+
+        found = find_for(self.model, recipe)
+        if not found.groups:
+            raise ModelError(f"{self.path} has nothing to quantize: {_why_nothing(found)}")
+        return replace(self, found=found)
+
+    def solved_from(self, data: Data) -> str:
+        """A digest of what solutions depend on besides the recipe."""
+        return f"{self.fingerprint} {data.calibration.fingerprint}"
+
+    def disk_needed(self, recipe: Recipe, rows: int, *, schemes: int = 1) -> int:
         """Bytes that a build writes, roughly: the model at its float size at most, and of each group codes, factors and statistics.
 
-        Codes take one byte a weight, the fp32 factors are in the solution and in the model, statistics are of at most ``rows``.
+        Codes take one byte a weight in each of so many schemes, the fp32 factors are in the solution and in the model, statistics are of
+        at most ``rows``.
         """
         from fqonnx.calib.observe import reservoir_rows
 
         groups, (needs_tokens, needs_hessian) = self.found.groups, _needs(recipe)
-        needed = self.float_bytes + sum(group.in_features * group.out_features for group in groups)
+        needed = self.float_bytes + schemes * sum(group.in_features * group.out_features for group in groups)
         needed += sum(2 * 4 * n**2 for group in groups for n in factor(group.in_features))
         if needs_tokens:
             needed += sum(4 * group.in_features * min(rows, reservoir_rows(group.in_features)) for group in groups)
@@ -340,7 +387,7 @@ def _fingerprint(path: Path, model: ir.Model) -> str:
 
 
 @dataclass(frozen=True)
-class _Data:
+class Data:
     """What calibration sees and what verification sees."""
 
     name: str
@@ -353,7 +400,7 @@ class _Data:
     """Rows that a linear sees of all samples, at most: one for each token, or each vector of an input."""
 
     @classmethod
-    def split(cls, source: Source, spec: str | None, inputs: Sequence[model_file.ModelInput]) -> _Data:
+    def split(cls, source: Source, spec: str | None, inputs: Sequence[model_file.ModelInput]) -> Data:
         """Read the data once, so that every mistake in it is told before the work starts, and hold out the last tenth.
 
         Raises:
@@ -394,7 +441,12 @@ class _Data:
         return DataReport(source=self.name, samples=self.held_out.samples, note=note)
 
 
-def _require_device(device: str) -> None:
+def require_device(device: str) -> None:
+    """Whether ``device`` is there.
+
+    Raises:
+        EngineError: CUDA is not.
+    """
     if device == "cpu":
         return
     import torch
@@ -436,10 +488,12 @@ def _needs(recipe: Recipe) -> tuple[bool, bool]:
     return transform_named(recipe.transform).needs_tokens or needs_hessian, needs_hessian
 
 
-def _observe(float_model: _FloatModel, data: _Data, recipe: Recipe, workdir: Path, progress: Progress) -> StatsStore | None:
-    """Statistics of every group's input, where the recipe has a use for them."""
+def observe_groups(
+    float_model: FloatModel, data: Data, recipe: Recipe, workdir: Path, progress: Progress, *, tokens: bool = False
+) -> StatsStore | None:
+    """Statistics of every group's input, where the recipe has a use for them or ``tokens`` asks for them."""
     needs_tokens, needs_hessian = _needs(recipe)
-    if not needs_tokens:
+    if not (needs_tokens or tokens):
         return None
     from fqonnx.calib.observe import observe
     from fqonnx.calib.roles import padding_mask
@@ -457,7 +511,7 @@ def _observe(float_model: _FloatModel, data: _Data, recipe: Recipe, workdir: Pat
 
 
 def _write_model(
-    float_model: _FloatModel, solution: Callable[[str], GroupSolution], recipe: Recipe, target: str | None, path: Path
+    float_model: FloatModel, solution: Callable[[str], GroupSolution], recipe: Recipe, target: str | None, path: Path
 ) -> dict[str, dict[str, Any]]:
     """Rewrite the float model, in place, and write it, weights streamed group by group; returns each group's kernel binding."""
     import onnx
@@ -530,7 +584,7 @@ def _encode_left(left: LeftReport) -> dict[str, str]:
     return {"name": left.name, "op_type": left.op_type, "reason": left.reason}
 
 
-def _verify(reference: Path, candidate: Path, data: _Data, max_error: float | None, device: str, progress: Progress) -> Report:
+def _verify(reference: Path, candidate: Path, data: Data, max_error: float | None, device: str, progress: Progress) -> Report:
     from fqonnx.verify import verify
 
     return verify(

@@ -16,10 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from fqonnx.report import format as words
+from fqonnx.report.mixed_console import allocation_line
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fqonnx.debug import Bisection
     from fqonnx.report.data import Report
 
 WORST = 8
@@ -39,11 +41,37 @@ def print_report(report: Report, console: Console, *, command: str | None = None
         if printed is not None:
             console.print(printed)
             console.print()
+    if report.allocation is not None:
+        console.print(f"schemes: {escape(allocation_line(report.allocation))}", highlight=False)
+    if report.polygraphy:
+        console.print("The same by hand:", style="bold")
+        for line in report.polygraphy:
+            console.print(Text(line), soft_wrap=True)
+        console.print()
     for note in report.notes:
         console.print(f"note: {escape(note)}", style="dim", highlight=False)
     for failure in report.failures:
         console.print(f"FAILED: {escape(failure)}", style="red", highlight=False)
     console.print(_verdict(report, command or report.command or command_line()), soft_wrap=True)
+
+
+def print_bisection(found: Bisection, console: Console) -> None:
+    """Print what ``fqonnx debug bisect`` measured, and the group that it found as the last line."""
+    table = _table("quantized", "error", "last group")
+    for step in found.steps:
+        last = found.groups[step.quantized - 1] if step.quantized else ""
+        table.add_row(f"{step.quantized} of {len(found.groups)}", words.percent(step.error), escape(last))
+    table.columns[2].justify = "left"
+    console.print(_titled(f"Relative L2 with the first groups quantized; the threshold is {words.percent(found.threshold)}", table))
+    if found.first is None:
+        console.print(f"no group pushes the output past the threshold: all together leave {words.percent(found.whole)}", highlight=False)
+        return
+    console.print(
+        f"{escape(found.first)} pushes it from {words.percent(found.before)} to {words.percent(found.after)}; "
+        f"with this group alone in float the whole build has {words.percent(found.without)} instead of {words.percent(found.whole)}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def command_line() -> str:

@@ -39,6 +39,9 @@ FLOAT = Scheme("float", 16, 16)
 GROUP_SCHEMES = {**SCHEMES, FLOAT.name: FLOAT}
 """What a single group may be given."""
 
+ALLOCATIONS = ("dynamic", "greedy")
+"""How schemes are chosen per group: exactly, or by the upgrade that saves the most error per bit, over and over."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:

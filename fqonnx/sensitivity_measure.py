@@ -75,6 +75,11 @@ class Probe:
         self._outputs = [value.name or "" for value in model.graph.outputs]
         self._references: list[dict[str, Path]] = []
 
+    @property
+    def has_logits(self) -> bool:
+        """Whether an output is named like logits, so that errors are also KL divergences."""
+        return any(map(_is_logits, self._outputs))
+
     def __enter__(self) -> Self:
         """Run the float model and keep its outputs."""
         self._workdir.mkdir(parents=True, exist_ok=True)
@@ -99,7 +104,7 @@ class Probe:
         model = self.model.clone()
         groups = find_for(model, recipe).groups
         if not groups:
-            return OutputError(0.0, 0.0 if any(map(_is_logits, self._outputs)) else None)
+            return OutputError(0.0, 0.0 if self.has_logits else None)
         Quantize(groups, solution, recipe)(model)
         RemoveUnusedNodesPass()(model)
         return self.compare(model, self.feeds, self._outputs)

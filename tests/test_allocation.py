@@ -8,9 +8,9 @@ from itertools import product
 import numpy as np
 import pytest
 
-from fqonnx.allocation import METHODS, Bits, Frontier, Item, Option, Point, allocate, average_bits, greedy
+from fqonnx.allocation import Bits, Frontier, Item, Option, Point, allocate, average_bits, greedy
 from fqonnx.errors import UsageError
-from fqonnx.recipe import GROUP_SCHEMES, SCHEMES, Recipe
+from fqonnx.recipe import ALLOCATIONS, GROUP_SCHEMES, SCHEMES, Recipe
 
 CHOICES = ("w4a4", "w4a8", "w8a8", "w8a16", "float")
 
@@ -81,7 +81,7 @@ def test_a_large_model_is_exact_too() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALLOCATIONS)
 def test_the_budget_is_obeyed_and_used(method: str, seed: int) -> None:
     items, parameters = random_items(seed, groups=40)
     sizes = {item.name: item.options[0].cost // 8 for item in items}
@@ -95,7 +95,7 @@ def test_the_budget_is_obeyed_and_used(method: str, seed: int) -> None:
         before = point.error
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALLOCATIONS)
 def test_the_fewest_bits_within_an_error(method: str) -> None:
     items, parameters = random_items(3, groups=20)
     costs = []
@@ -116,7 +116,7 @@ def test_greedy_takes_the_upgrade_that_saves_most_per_bit_and_skips_what_does_no
     assert greedy([large, small], bound=6.0) == Point(92, 6.0, {"large": "w4a4", "small": "w4a8"})
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALLOCATIONS)
 def test_what_ruins_the_model_is_never_chosen(method: str) -> None:
     items = [Item.of("a", 10, {"w4a4": math.nan, "w4a8": math.inf, "w8a8": 0.5}), Item.of("b", 10, {"w4a4": 0.1, "w8a8": 0.01})]
     assert allocate(items, 20, avg_bits=6, method=method).schemes == {"a": "w8a8", "b": "w4a4"}

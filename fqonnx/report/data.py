@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from fqonnx.errors import ArtifactError
+from fqonnx.report.mixed import AllocationReport, SensitivityReport  # noqa: TC001  decoding reads annotations
 from fqonnx.report.schema import decode, encode
 
 if TYPE_CHECKING:
@@ -322,12 +323,15 @@ class Report:
         left_in_float: What was not quantized.
         size: Bytes before and after.
         engine: What was built for an engine that has a file.
+        sensitivity: What each group's quantization does to the model, where a scheme was chosen for each.
+        allocation: That choice.
         time: Seconds by stage; ``total`` is the wall clock of the whole command.
         data: What was run.
         recipe: The recipe as plain values.
         environment: Versions and the machine.
         command: The command line, as typed.
         notes: Remarks for the user, one line each.
+        polygraphy: Command lines that repeat the comparison by hand, where inputs and outputs were saved.
         version: Of this schema.
     """
 
@@ -342,12 +346,15 @@ class Report:
     left_in_float: tuple[LeftReport, ...] = ()
     size: SizeReport | None = None
     engine: EngineReport | None = None
+    sensitivity: SensitivityReport | None = None
+    allocation: AllocationReport | None = None
     time: dict[str, float] = field(default_factory=dict)
     data: DataReport | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     command: str = ""
     notes: tuple[str, ...] = ()
+    polygraphy: tuple[str, ...] = ()
     version: int = VERSION
 
     @property

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from html import escape
-from importlib.resources import files
 from itertools import groupby
 from statistics import median
-from string import Template
 from typing import TYPE_CHECKING
 
 from fqonnx.report import format as words
+from fqonnx.report.mixed_html import allocation_section, curve_section, heat_map_section
+from fqonnx.report.parts import breakable, page, section, short_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -47,30 +45,27 @@ _FLOOR, _CEILING = 0.1, 0.5
 
 def render(report: Report) -> str:
     """The page as a string. Every name in it is escaped, and it asks for nothing from the network."""
-    folder = files("fqonnx.report")
-
-    def read(name: str) -> str:
-        return (folder / name).read_text(encoding="utf-8")
-
-    sections = (_header, _problems, _tiles, _outputs, _worst_groups, _flatness, _groups, _left, _engine, _size_and_time, _conditions)
-    return Template(read("template.html")).substitute(
-        title=escape(f"{_verdict(report)}: {report.model} - fqonnx"),
-        css=read("style.css"),
-        js=read("script.js"),
-        profiles=_json(_normalised_profiles(report)),
-        body="\n".join(part for part in (section(report) for section in sections) if part),
+    makers = (
+        _header,
+        _problems,
+        _tiles,
+        _outputs,
+        _worst_groups,
+        _sensitivities,
+        _flatness,
+        _groups,
+        _left,
+        _engine,
+        _size_and_time,
+        _conditions,
     )
+    body = "\n".join(part for part in (make(report) for make in makers) if part)
+    return page(f"{_verdict(report)}: {report.model}", body, profiles=_normalised_profiles(report))
 
 
 def save_html(report: Report, path: Path) -> None:
     """Write the page."""
     path.write_text(render(report), encoding="utf-8")
-
-
-def _json(value: object) -> str:
-    """JSON that cannot end the script element it stands in."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def _verdict(report: Report) -> str:
@@ -178,11 +173,6 @@ def _groups_tile(report: Report) -> str:
 # --- tables ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _section(title: str, lead: str, body: str, *, identifier: str) -> str:
-    lead = f"<p class='lead'>{lead}</p>" if lead else ""
-    return f"<section aria-labelledby='{identifier}'><h2 id='{identifier}'>{escape(title)}</h2>{lead}{body}</section>"
-
-
 def _number(text: str, *, bad: bool = False) -> str:
     return f"<td class='number{' bad' if bad else ''}'>{escape(text)}</td>"
 
@@ -214,7 +204,7 @@ def _outputs(report: Report) -> str:
         rows.append(f"<tr><th scope='row'><span class='mono'>{escape(name)}</span></th>{row}</tr>")
     head = "".join(f"<th scope='col' class='number'>{h}</th>" for h in heads)
     table = f"<table><thead><tr><th scope='col'>Output</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    return _section(
+    return section(
         "Outputs",
         _data_words(report),
         f"<div class='scroll' tabindex='0' role='region' aria-label='Outputs'>{table}</div>",
@@ -247,7 +237,7 @@ def _worst_groups(report: Report) -> str:
     errors = [(group, error) for group in report.worst_groups if (error := report.error_of(group)) is not None][:WORST]
     if not errors or report.ranking is None:
         return ""
-    largest, short = _largest(error for _, error in errors), _short_names(report)
+    largest, short = _largest(error for _, error in errors), short_names([group.name for group in report.groups])
     rows = [
         f"<span class='mono' title='{escape(group.name)}'>{escape(short[group.name])}</span>"
         + _bar(
@@ -258,24 +248,18 @@ def _worst_groups(report: Report) -> str:
         for group, error in errors
     ]
     title = "Worst groups" if len(report.groups) > len(errors) else "Groups, worst first"
-    return _section(title, _RANKINGS[report.ranking], f"<div class='bars'>{''.join(rows)}</div>", identifier="worst")
+    return section(title, _RANKINGS[report.ranking], f"<div class='bars'>{''.join(rows)}</div>", identifier="worst")
 
 
 def _bar(width: float, label: str, kind: str) -> str:
     return f"<span class='bar'><i class='{kind}' style='width:{width:.2f}%'></i>{escape(label)}</span>"
 
 
-def _short_names(report: Report) -> dict[str, str]:
-    """Names without what all of them start with: ``layers.5.mlp.down_proj`` of ``model.layers.5.mlp.down_proj``.
-
-    The last common part stays, since a bare ``5.mlp.down_proj`` would not say what 5 is.
-    """
-    names = [group.name for group in report.groups]
-    parts = [re.findall(r"[^./]*[./]|[^./]+$", name) for name in names]
-    common = 0
-    while len(names) > 1 and all(len(p) > common + 1 and p[common] == parts[0][common] for p in parts):
-        common += 1
-    return {name: "".join(p[max(0, common - 1) :]) for name, p in zip(names, parts, strict=True)}
+def _sensitivities(report: Report) -> str:
+    parts = [] if report.allocation is None else [allocation_section(report.allocation)]
+    if report.sensitivity is not None:
+        parts += [heat_map_section(report.sensitivity, report.allocation), curve_section(report.sensitivity, report.allocation)]
+    return "".join(parts)
 
 
 def _groups(report: Report) -> str:
@@ -291,7 +275,7 @@ def _groups(report: Report) -> str:
         f"<th scope='col' class='number'{' aria-sort=descending' if index == sorted_by else ''}><button type='button'>{c}</button></th>"
         for index, c in enumerate(columns)
     )
-    short = _short_names(report)
+    short = short_names([group.name for group in report.groups])
     rows = "".join(_group_row(group, short[group.name], scale, whole=whole) for group in report.worst_groups)
     table = (
         f"<table id='groups'><thead><tr><th scope='col'><button type='button'>Group</button></th>{names}</tr></thead>"
@@ -302,13 +286,13 @@ def _groups(report: Report) -> str:
         "its two causes, rounded weights and rounded activations. Flatness is how far channel magnitudes are from equal; 0 is flat."
     )
     region = f"<div class='scroll tall' tabindex='0' role='region' aria-label='All groups'>{table}</div>"
-    return _section("All groups", lead, region, identifier="all")
+    return section("All groups", lead, region, identifier="all")
 
 
 def _group_row(group: GroupReport, short: str, scale: float, *, whole: bool) -> str:
     title = group.name + (f"; transform {group.transform}" if group.transform else "")
     title += f"; linears: {', '.join(group.linears)}" if group.linears else ""
-    name = f"<span class='mono name'>{_breakable(short)}</span>"
+    name = f"<span class='mono name'>{breakable(short)}</span>"
     cells = [
         f"<th scope='row' data-value='{escape(group.name)}' title='{escape(title)}'>{name}</th>",
         _sortable(*_shape(group)),
@@ -329,11 +313,6 @@ def _group_row(group: GroupReport, short: str, scale: float, *, whole: bool) -> 
 
 def _layer_error(group: GroupReport) -> float | None:
     return group.layer.rel_l2 if group.layer is not None else None
-
-
-def _breakable(name: str) -> str:
-    """A name, escaped, that may be broken where its parts end."""
-    return "<wbr>".join(escape(part) for part in re.findall(r"[^+./]*[+./]|[^+./]+$", name))
 
 
 def _shape(group: GroupReport) -> tuple[str | None, float | None]:
@@ -384,7 +363,7 @@ def _left(report: Report) -> str:
         noun = "product" if len(members) == 1 else "products"
         listed = f"<details><summary class='soft'>{len(members)} {noun}</summary><ul>{names}</ul></details>"
         items.append(f"<li class='reason'>{escape(reason)}{listed}</li>")
-    return _section("Left in float", "", f"<ul class='reasons'>{''.join(items)}</ul>", identifier="left")
+    return section("Left in float", "", f"<ul class='reasons'>{''.join(items)}</ul>", identifier="left")
 
 
 # --- the paper's picture --------------------------------------------------------------------------------------------------------------
@@ -412,7 +391,7 @@ def _flatness(report: Report) -> str:
         return ""
     shown = groups[:WORST]
     axis = _axis([p for g in shown for p in (_normalised(g.profile_before), _normalised(g.profile_after)) if p])
-    short = _short_names(report)
+    short = short_names([group.name for group in report.groups])
     panels = "".join(_panel(group, short[group.name], axis, first=index == 0) for index, group in enumerate(shown))
     names = [str(entry["name"]) for entry in _normalised_profiles(report)]
     worst = names.index(shown[0].name)
@@ -433,7 +412,7 @@ def _flatness(report: Report) -> str:
         "A flat line wastes no quantization level on outliers."
     )
     more = f"<h3 style='margin-top:22px'>The {len(shown)} worst groups, one axis for all</h3>" if len(shown) > 1 else ""
-    return _section("Flatness before and after", lead, f"{legend}{explorer}{more}<div class='panels'>{panels}</div>", identifier="flatness")
+    return section("Flatness before and after", lead, f"{legend}{explorer}{more}<div class='panels'>{panels}</div>", identifier="flatness")
 
 
 def _panel(group: GroupReport, short: str, axis: tuple[float, float], *, first: bool) -> str:
@@ -499,7 +478,7 @@ def _engine(report: Report) -> str:
     heads += "<th scope='col'>Weights</th><th scope='col'>Multiplied</th>"
     body = f"<table><thead><tr>{heads}</tr></thead><tbody>{fates}</tbody></table>" if fates else ""
     layers = "".join(
-        f"<tr><th scope='row'><span class='mono'>{_breakable(layer.name)}</span></th><td>{escape(layer.kind)}</td>"
+        f"<tr><th scope='row'><span class='mono'>{breakable(layer.name)}</span></th><td>{escape(layer.kind)}</td>"
         f"<td>{escape(', '.join((*layer.inputs, *layer.constants)) or words.MISSING)}</td><td>{escape(', '.join(layer.outputs))}</td>"
         f"<td>{escape(', '.join(layer.groups))}</td></tr>"
         for layer in engine.layers
@@ -509,7 +488,7 @@ def _engine(report: Report) -> str:
         table = f"<table><thead><tr>{heads}</tr></thead><tbody>{layers}</tbody></table>"
         region = f"<div class='scroll tall' tabindex='0' role='region' aria-label='Layers of the engine'>{table}</div>"
         body += f"<details><summary>All {len(engine.layers)} layers</summary>{region}</details>"
-    return _section("Engine", escape(words.engine(engine)) + ".", body, identifier="engine")
+    return section("Engine", escape(words.engine(engine)) + ".", body, identifier="engine")
 
 
 def _size_and_time(report: Report) -> str:
@@ -543,7 +522,7 @@ def _size_section(report: Report) -> str:
         "Quantized", size.quantized_bytes, stack
     )
     body = f"<div class='sizes'>{rows}</div><div class='legend' style='margin:12px 0 0'>{legend}</div>"
-    return _section("Size", "Bytes of all constants.", body, identifier="size")
+    return section("Size", "Bytes of all constants.", body, identifier="size")
 
 
 def _time_section(report: Report) -> str:
@@ -556,7 +535,7 @@ def _time_section(report: Report) -> str:
         for name, seconds in stages.items()
     )
     lead = f"{words.duration(report.time['total'])} in all." if "total" in report.time else ""
-    return _section("Time", lead, f"<div class='bars narrow'>{rows}</div>", identifier="time")
+    return section("Time", lead, f"<div class='bars narrow'>{rows}</div>", identifier="time")
 
 
 def _conditions(report: Report) -> str:
@@ -567,9 +546,9 @@ def _conditions(report: Report) -> str:
     parts = []
     if report.recipe or command:
         recipe = ((key.replace("_", " "), value) for key, value in report.recipe.items())
-        parts.append(_section("Recipe", "", command + listed(recipe), identifier="recipe"))
+        parts.append(section("Recipe", "", command + listed(recipe), identifier="recipe"))
     if report.environment:
-        parts.append(_section("Environment", "", listed(report.environment.items()), identifier="environment"))
+        parts.append(section("Environment", "", listed(report.environment.items()), identifier="environment"))
     return f"<div class='two'>{''.join(parts)}</div>" if len(parts) == 2 else "".join(parts)
 
 
