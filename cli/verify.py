@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of --random-data.")
 @options.data_options
 @click.option("--layers", is_flag=True, help="Compare every quantized linear's output too, worst first.")
+@click.option("--engine", is_flag=True, help="Run the engine of the build directory CANDIDATE instead of its model.")
+@click.option(
+    "--save",
+    type=options.PATH,
+    metavar="DIR",
+    help="Save inputs and outputs for Polygraphy; print the equal `polygraphy run` commands.",
+)
 @options.device_option
 @click.option("--max-error", type=click.FloatRange(min=0), help="Largest relative L2 error of an output; above it the exit code is 1.")
 @options.json_option
@@ -40,6 +47,8 @@ def verify(
     seq_len: int | None,
     batch_size: int,
     layers: bool,
+    engine: bool,
+    save: Path | None,
     device: str,
     max_error: float | None,
     as_json: bool,
@@ -66,7 +75,15 @@ def verify(
         random=random_data,
     )
     report = verify_models(
-        reference, candidate, source, layers=layers, max_error=max_error, device=device, progress=terminal.progress(quiet)
+        reference,
+        candidate,
+        source,
+        layers=layers,
+        max_error=max_error,
+        device=device,
+        engine=engine,
+        save=save,
+        progress=terminal.progress(quiet),
     )
     terminal.show_report(replace(report, command=command), as_json=as_json, quiet=quiet)
     return 0 if report.passed else 1

@@ -1,7 +1,13 @@
 from __future__ import annotations
 
 import math
+import os
+import re
+import shlex
+import subprocess
+import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -19,8 +25,9 @@ from fqonnx.calib.stream import StreamedModel
 from fqonnx.errors import ArtifactError, DataError, EngineError, ModelError
 from fqonnx.model import inputs, load
 from fqonnx.recipe import Recipe
-from fqonnx.report import DataReport, GroupReport, save_report
+from fqonnx.report import DataReport, EngineReport, GroupReport, save_report
 from fqonnx.verify import Comparison, limits, runners, verify
+from fqonnx.verify.saved import command_lines
 from tests.report_samples import realistic_report
 
 RNG = np.random.default_rng(0)
@@ -521,3 +528,91 @@ def test_the_comparison_is_a_polygraphy_compare_func():
     assert matches == [True, False]
     assert comparison.samples == 2
     assert comparison.reports()["y"].nan == 1
+
+
+# --- by hand ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bound", [0.1, 0.001])
+def test_the_command_lines_repeat_the_comparison(tmp_path, build_directory, monkeypatch, bound):
+    """They run as they stand, from the folder that they were printed in, and judge as verify does."""
+    monkeypatch.chdir(tmp_path)
+    report = verify(mlp(tmp_path / "a.onnx"), build_directory, feeds(), max_error=bound, save=tmp_path / "saved")
+    runs, judges = report.polygraphy
+    assert runs == "polygraphy run out/model.onnx --onnxrt --load-inputs saved/inputs --save-outputs saved/again.json"
+    assert judges.endswith(f"--compare snr --snr-threshold {-20 * math.log10(bound):g}")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    assert report.passed is (bound == 0.1)
+    for line, passes in ((runs, True), (judges, report.passed)):
+        done = subprocess.run(line, shell=True, env=environment, capture_output=True, text=True, check=False)  # noqa: S602
+        assert (done.returncode == 0) is passes, done.stdout[-2000:]
+    ratios = [float(found) for found in re.findall(r"SNR: ([\d.]+) dB", done.stdout)]
+    assert len(ratios) == 4
+    assert np.mean(ratios) == pytest.approx(report.outputs["y"].sqnr_db, abs=0.5)
+
+
+def test_polygraphy_reads_what_was_saved(tmp_path):
+    from polygraphy.json import load_json
+
+    data = feeds(3)
+    verify(mlp(tmp_path / "a.onnx"), mlp(tmp_path / "b.onnx", w2=noisy(W2)), data, save=tmp_path / "s")
+    for name in ("inputs", "reference", "candidate"):
+        assert [path.name for path in sorted((tmp_path / "s" / name).iterdir())] == [f"{index:010d}.json" for index in range(3)]
+    np.testing.assert_array_equal(load_json(str(tmp_path / "s" / "inputs" / "0000000001.json"))["x"], data[1]["x"])
+    for name, w2 in (("reference", W2), ("candidate", noisy(W2))):
+        (run,) = RunResults.load(str(tmp_path / "s" / name / "0000000002.json"))
+        assert run[0] == name
+        np.testing.assert_allclose(run[1][0]["y"], forward(data[2]["x"], w2=w2), rtol=1e-3, atol=1e-3)
+
+
+def test_a_folder_with_an_earlier_run_is_left_alone(tmp_path):
+    path = mlp(tmp_path / "a.onnx")
+    verify(path, path, feeds(1), save=tmp_path / "s")
+    before = (tmp_path / "s" / "inputs" / "0000000000.json").read_bytes()
+    with pytest.raises(ArtifactError, match=r"inputs holds files already: give --save another folder, or remove them"):
+        verify(path, path, feeds(1, seed=9), save=tmp_path / "s")
+    assert (tmp_path / "s" / "inputs" / "0000000000.json").read_bytes() == before
+    with pytest.raises(ArtifactError, match=r"cannot write .*a\.onnx: .*give --save another folder"):
+        verify(path, path, feeds(1), save=path)
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    import fqonnx.verify.saved as module
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_json", full)
+    path = mlp(tmp_path / "a.onnx")
+    with pytest.raises(ArtifactError, match="No space left on device: free space or give --save another folder"):
+        verify(path, path, feeds(1), save=tmp_path / "s")
+
+
+def test_objects_have_no_command_lines(tmp_path):
+    model = load(mlp(tmp_path / "a.onnx"))
+    assert verify(model, model, feeds(1), save=tmp_path / "s").polygraphy == ()
+    assert verify(model, model, feeds(1)).polygraphy == ()
+
+
+@pytest.mark.parametrize(
+    ("engine", "program"),
+    [
+        (EngineReport(engine="tensorrt-rtx", version="1.7"), "POLYGRAPHY_USE_TENSORRT_RTX=1 polygraphy run"),
+        (EngineReport(engine="tensorrt", version="10.13"), "fqonnx debug polygraphy run"),
+        (EngineReport(engine="tensorrt", version="10.13", version_compatible=True), "polygraphy run"),
+    ],
+)
+def test_an_engine_has_a_command_line_that_polygraphy_takes(tmp_path, engine, program):
+    a, b = (runners.Side.open(mlp(tmp_path / f"{name}.onnx")) for name in "ab")
+    b = replace(b, engine=(tmp_path / "engine.plan", engine))
+    *_, line = command_lines(a, b, tmp_path / "s", max_error=0.1, device="cpu")
+    assert line.startswith(f"{program} {tmp_path}/engine.plan --model-type engine --trt --load-inputs")
+    # Polygraphy writes the script that it would run; running needs a GPU.
+    arguments = shlex.split(line.partition(" run ")[2])
+    script = subprocess.run(
+        [sys.executable, "-c", "from polygraphy.tools import main; raise SystemExit(main())", "run", *arguments, "--gen-script", "-"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert "TrtRunner(" in script
+    assert "SnrCompareFunc(" in script
+    assert f"{tmp_path}/s/candidate" in script

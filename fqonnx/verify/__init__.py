@@ -23,6 +23,7 @@ from fqonnx.verify.comparison import Comparison, arrays_of, failures_of, iterate
 from fqonnx.verify.language import Language
 from fqonnx.verify.layers import compare_layers, find_layers
 from fqonnx.verify.runners import Feeds, Model, Side, StreamedRunner, require_same_interface
+from fqonnx.verify.saved import Saved, command_lines
 
 if TYPE_CHECKING:
     from fqonnx.progress import Progress
@@ -40,6 +41,8 @@ def verify(
     max_error: float | None = None,
     tokens: bool | None = None,
     device: str = "cpu",
+    engine: bool = False,
+    save: Path | None = None,
     data: DataReport | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -56,6 +59,9 @@ def verify(
         tokens: Whether the integer inputs are text, so that predicting the next token means something; None finds out by the graph and
             by whether the logits of earlier tokens ignore the last one. Random data should say False.
         device: ``cpu`` or ``cuda``.
+        engine: Run the candidate's engine instead of its model; the candidate is a build directory that has one. Layers are compared in
+            the model, whose values have names.
+        save: Folder for every sample's inputs and outputs as Polygraphy reads them; the report then has the equal command lines.
         data: What the report says of the data; where it counts no samples, each feed is one.
         progress: Told of every sample.
 
@@ -65,12 +71,15 @@ def verify(
     Raises:
         ModelError: The models' inputs or outputs differ in name or shape, or no layer is common to both.
         DataError: No samples, or a sample without an input.
-        EngineError: ONNX Runtime cannot load or run a model, or CUDA is not usable.
+        EngineError: ONNX Runtime cannot load or run a model, CUDA is not usable, or the engine is another machine's.
+        UsageError: ``engine`` where there is none.
+        ArtifactError: ``save`` cannot be written.
     """
     started = time.perf_counter()
     progress = progress or Silent()
     a, b = Side.open(reference), Side.open(candidate)
     require_same_interface(a, b)
+    saved = None if save is None else Saved(save)
     known = b.report
     notes: list[str] = [side.note for side in (a, b) if side.note]
     comparison = Comparison()
@@ -78,7 +87,10 @@ def verify(
     seconds = {"reference": 0.0, "candidate": 0.0}
 
     with _workdir() as workdir:
-        runners = (a.runner("reference", a.outputs, device, workdir), b.runner("candidate", a.outputs, device, workdir))
+        runners = (
+            a.runner("reference", a.outputs, device, workdir),
+            b.engine_runner("candidate") if engine else b.runner("candidate", a.outputs, device, workdir),
+        )
         with progress.task("Comparing outputs", length_of(source)) as task:
             for index, (feeds, results) in enumerate(iterate(runners, source, a.inputs)):
                 expected, actual = (arrays_of(result) for result in results)
@@ -88,6 +100,8 @@ def verify(
                     language = None if tokens is False else Language.find(a.model, runners[0], feeds, expected)
                     comparison.logits = {n for n in expected if "logit" in n.lower()} | ({language.logits} if language else set())
                 comparison(expected, actual)
+                if saved is not None:
+                    saved.add(feeds, *results)
                 if language is not None:
                     language.update(feeds, expected, actual)
                 task.advance()
@@ -122,6 +136,7 @@ def verify(
         recipe=known.recipe if known else {},
         environment=environment(),
         notes=tuple(notes),
+        polygraphy=() if save is None else command_lines(a, b, save, max_error=max_error, device=device),
     )
 
 

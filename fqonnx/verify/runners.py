@@ -19,13 +19,14 @@ from polygraphy.datatype import DataType
 from fqonnx import model as model_file
 from fqonnx.calib.stream import StreamedModel
 from fqonnx.engines.onnxruntime import session
-from fqonnx.errors import ModelError
+from fqonnx.errors import ModelError, UsageError
 from fqonnx.report.data import Report, load_report
 from fqonnx.sizes import constants
 from fqonnx.verify import limits
 
 if TYPE_CHECKING:
     from fqonnx.recipe import Recipe
+    from fqonnx.report.data import EngineReport
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -92,6 +93,7 @@ class Side:
     model: ir.Model
     report: Report | None = None
     recipe: Recipe | None = None
+    engine: tuple[Path, EngineReport] | None = None
 
     @classmethod
     def open(cls, model: Model) -> Side:
@@ -106,10 +108,12 @@ class Side:
         path = Path(model)
         if path.is_dir():
             from fqonnx.artifact import open_artifact
+            from fqonnx.engines.tensorrt_run import engine_of
 
             artifact = open_artifact(path)
             report = load_report(artifact.report) if artifact.report.exists() else None
-            return cls(path.name, artifact.model, model_file.load(artifact.model), report, artifact.recipe)
+            engine = engine_of(artifact) if artifact.engine is not None and "plan" in artifact.manifest else None
+            return cls(path.name, artifact.model, model_file.load(artifact.model), report, artifact.recipe, engine)
         return cls(path.name, path, model_file.load(path))
 
     @property
@@ -132,6 +136,19 @@ class Side:
         return any(t.dtype == ir.DataType.BFLOAT16 for t in constants(self.model)) or any(
             value.dtype == ir.DataType.BFLOAT16 for value in (*self.model.graph.inputs, *self.model.graph.outputs)
         )
+
+    def engine_runner(self, name: str) -> BaseRunner:
+        """A runner of the engine in the build directory.
+
+        Raises:
+            UsageError: There is none.
+            EngineError: It does not run here.
+        """
+        if self.engine is None:
+            raise UsageError(f"{self.name} has no engine file: leave out --engine, or build it with --engine tensorrt or tensorrt-rtx")
+        from fqonnx.engines.tensorrt_run import runner
+
+        return runner(name, *self.engine)
 
     def runner(self, name: str, outputs: Sequence[str], device: str, workdir: Path) -> BaseRunner:
         """A runner that gives ``outputs``, which may be any values of the main graph."""
