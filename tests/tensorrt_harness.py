@@ -212,7 +212,7 @@ class Harness:
         Raises:
             Refused: A step failed.
         """
-        held = [(name, _field_data(value)) for name, value in fields.items()]
+        held = [(name, field_data(value)) for name, value in fields.items()]
         given = (_Field * len(held))(
             *(_Field(name.encode(), data.ctypes.data, data.nbytes, kind, length) for name, (data, kind, length) in held)
         )
@@ -321,7 +321,7 @@ class Context:
         self._engine.harness.c.harness_free_context(self._handle)
 
 
-def _field_data(value: Any) -> tuple[Array, int, int]:
+def field_data(value: Any) -> tuple[Array, int, int]:
     """A field's data, type and number of values."""
     if isinstance(value, bytes):
         return np.frombuffer(value or b"\0", np.uint8), CHAR, len(value)

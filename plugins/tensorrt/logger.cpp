@@ -1,6 +1,6 @@
-// TensorRT hands its logger over by setLoggerFinder. Its interface is the one of ours that differs between TensorRT 10 and 11: from 11 on
-// ILogger and ILoggerFinder begin with the functions of IVersionedInterface. Which of the two a finder is follows from the version of the
-// library that it belongs to, so that one libfqonnx.so serves both, and several in one process.
+// TensorRT hands its logger over by setLoggerFinder. Of all that is used here its interface alone differs between TensorRT 10 and 11. Which
+// of the two it is follows from the version of the library that it belongs to, so that one libfqonnx.so serves both, and both in one
+// process.
 #include "logger.h"
 
 #include <dlfcn.h>
@@ -11,54 +11,9 @@
 #include <cstdio>
 
 #include "../kernels/fqonnx.h"
+#include "logger_abi.h"
 
 namespace fq::trt {
-
-// Not in an unnamed namespace: nothing here derives from these, from which the compiler would conclude that nothing at all does.
-namespace abi {
-
-enum class Severity : int32_t { kERROR = 1 };
-
-namespace v10 {
-
-class ILogger {
- public:
-  virtual void log(Severity severity, const char* message) noexcept = 0;
-  virtual ~ILogger() = default;
-};
-
-class ILoggerFinder {
- public:
-  virtual ILogger* findLogger() = 0;
-
- protected:
-  virtual ~ILoggerFinder() = default;
-};
-
-}  // namespace v10
-
-namespace v11 {
-
-class IVersionedInterface {
- public:
-  virtual int32_t getAPILanguage() const noexcept = 0;
-  virtual void getInterfaceInfo() const noexcept = 0;  // its place alone matters
-  virtual ~IVersionedInterface() noexcept = default;
-};
-
-class ILogger : public IVersionedInterface {
- public:
-  virtual void log(Severity severity, const char* message) noexcept = 0;
-};
-
-class ILoggerFinder : public IVersionedInterface {
- public:
-  virtual ILogger* findLogger() = 0;
-};
-
-}  // namespace v11
-}  // namespace abi
-
 namespace {
 
 std::atomic<void*> finder_of_10{nullptr}, finder_of_11{nullptr};
