@@ -21,13 +21,16 @@ from polygraphy.comparator import Comparator, RunResults
 from polygraphy.logger import G_LOGGER
 
 from fqonnx import artifact
+from fqonnx.build import build
 from fqonnx.calib.stream import StreamedModel
 from fqonnx.errors import ArtifactError, DataError, EngineError, ModelError
 from fqonnx.model import inputs, load
 from fqonnx.recipe import Recipe
-from fqonnx.report import DataReport, EngineReport, GroupReport, save_report
+from fqonnx.report import DataReport, EngineReport, GroupReport, load_report, save_report
 from fqonnx.verify import Comparison, limits, runners, verify
+from fqonnx.verify.layers import find_layers
 from fqonnx.verify.saved import command_lines
+from tests.cli_support import write_data, write_mlp
 from tests.report_samples import realistic_report
 
 RNG = np.random.default_rng(0)
@@ -341,6 +344,45 @@ def test_a_model_object_is_left_as_it_was(tmp_path):
     before = ir.to_proto(model).SerializeToString(deterministic=True)
     verify(model, model, feeds(), layers={"first": ["h"]})
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w8a16"])
+def test_marking_layers_leaves_onnxruntimes_fusions_alone(tmp_path, scheme):
+    """The kernels that a quantized linear runs in are the same, whether or not its output is looked at."""
+    import onnxruntime as ort
+
+    model, data = write_mlp(tmp_path / "mlp.onnx", layers=2), write_data(tmp_path / "d.npz")
+    build(model, tmp_path / "out", recipe=Recipe(scheme=scheme, transform="smooth", weights="rtn"), calib_data=str(data))
+    side = runners.Side.open(tmp_path / "out")
+    _, groups = find_layers(runners.Side.open(model), side)
+    marked = [name for names in groups.values() for name in names]
+    counts = []
+    for outputs in (side.outputs, marked):
+        options = ort.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        options.log_severity_level = 4
+        ort.InferenceSession(runners._with_outputs(side.model, outputs)[0], options, providers=["CPUExecutionProvider"])
+        ops = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+        counts.append({op: ops.count(op) for op in ("MatMulNBits", "MatMul", "Gemm", "DequantizeLinear")})
+    assert len(marked) == 4
+    assert counts[0]["MatMulNBits"]
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a16"])
+def test_marking_layers_leaves_an_engines_groups_alone(tmp_path, scheme):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    model, data = write_mlp(tmp_path / "mlp.onnx", layers=2), write_data(tmp_path / "d.npz")
+    recipe = Recipe(scheme=scheme, transform="hadamard", weights="rtn")
+    build(model, tmp_path / "out", recipe=recipe, calib_data=str(data), engine="tensorrt-rtx", target="sm89")
+    side = runners.Side.open(tmp_path / "out")
+    plain = load_report(tmp_path / "out" / artifact.REPORT).engine
+    _, groups = find_layers(runners.Side.open(model), side)
+    path, built = side.marked_engine([name for names in groups.values() for name in names], tmp_path)
+    assert path.stat().st_size == built.file_bytes
+    assert (built.target, built.profiles) == (plain.target, plain.profiles)
+    assert [(g.name, g.weights, g.product, g.how) for g in built.groups] == [(g.name, g.weights, g.product, g.how) for g in plain.groups]
+    assert side.outputs == ["y"]  # as it was
 
 
 # --- language models ------------------------------------------------------------------------------------------------------------------

@@ -59,8 +59,8 @@ def verify(
         tokens: Whether the integer inputs are text, so that predicting the next token means something; None finds out by the graph and
             by whether the logits of earlier tokens ignore the last one. Random data should say False.
         device: ``cpu`` or ``cuda``.
-        engine: Run the candidate's engine instead of its model; the candidate is a build directory that has one. Layers are compared in
-            the model, whose values have names.
+        engine: Run the candidate's engine instead of its model; the candidate is a build directory that has one. For ``layers`` one like
+            it is built that gives the groups' outputs.
         save: Folder for every sample's inputs and outputs as Polygraphy reads them; the report then has the equal command lines.
         data: What the report says of the data; where it counts no samples, each feed is one.
         progress: Told of every sample.
@@ -89,7 +89,7 @@ def verify(
     with _workdir() as workdir:
         runners = (
             a.runner("reference", a.outputs, device, workdir),
-            b.engine_runner("candidate") if engine else b.runner("candidate", a.outputs, device, workdir),
+            b.engine_runner("candidate", a.outputs, workdir) if engine else b.runner("candidate", a.outputs, device, workdir),
         )
         with progress.task("Comparing outputs", length_of(source)) as task:
             for index, (feeds, results) in enumerate(iterate(runners, source, a.inputs)):
@@ -111,7 +111,7 @@ def verify(
         if layers is not False:
             tapped, values = (a, dict(layers)) if isinstance(layers, Mapping) else find_layers(a, b)
             before = time.perf_counter()
-            reports = compare_layers((tapped, b), values, source, reports, device, workdir, progress, notes)
+            reports = compare_layers((tapped, b), values, source, reports, device, workdir, progress, notes, engine=engine)
             seconds["layers"] = time.perf_counter() - before
 
     outputs = comparison.reports()

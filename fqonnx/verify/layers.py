@@ -52,6 +52,8 @@ def compare_layers(
     workdir: Path,
     progress: Progress,
     notes: list[str],
+    *,
+    engine: bool = False,
 ) -> list[GroupReport]:
     """The groups' reports with the figures of their worst linear; groups that were not known come last.
 
@@ -64,6 +66,7 @@ def compare_layers(
         workdir: Where streamed models keep their segments' values.
         progress: Told of every sample of every pass.
         notes: Gets a line where the candidate lacks values.
+        engine: Run the candidate in an engine that gives the values.
 
     Raises:
         ModelError: The candidate has none of the values.
@@ -88,7 +91,10 @@ def compare_layers(
     length = length_of(source)
     with progress.task("Comparing layers", None if length is None else length * len(passes)) as task:
         for portion in passes:
-            runners = (a.runner("reference", portion, device, workdir), b.runner("candidate", portion, device, workdir))
+            runners = (
+                a.runner("reference", portion, device, workdir),
+                b.engine_runner("candidate", portion, workdir) if engine else b.runner("candidate", portion, device, workdir),
+            )
             for _, results in iterate(runners, source, a.inputs):
                 comparison(*(arrays_of(result) for result in results))
                 task.advance()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy.typing as npt
 import onnx_ir as ir
@@ -137,18 +138,36 @@ class Side:
             value.dtype == ir.DataType.BFLOAT16 for value in (*self.model.graph.inputs, *self.model.graph.outputs)
         )
 
-    def engine_runner(self, name: str) -> BaseRunner:
-        """A runner of the engine in the build directory.
+    def engine_runner(self, name: str, outputs: Sequence[str], workdir: Path) -> BaseRunner:
+        """A runner of the engine in the build directory, or, for other outputs than the model's, of one like it that gives these.
+
+        An output at the border of a group changes nothing inside: what the engine fuses there stays fused.
 
         Raises:
-            UsageError: There is none.
+            UsageError: There is no engine.
             EngineError: It does not run here.
         """
         if self.engine is None:
             raise UsageError(f"{self.name} has no engine file: leave out --engine, or build it with --engine tensorrt or tensorrt-rtx")
         from fqonnx.engines.tensorrt_run import runner
 
-        return runner(name, *self.engine)
+        path, built = self.engine
+        if list(outputs) != self.outputs:
+            path, built = self.marked_engine(outputs, workdir)
+        return runner(name, path, built)
+
+    def marked_engine(self, outputs: Sequence[str], workdir: Path) -> tuple[Path, EngineReport]:
+        """Build the engine again with other outputs, values of the main graph."""
+        from fqonnx.engines import Profile, engine
+
+        assert self.engine is not None
+        _, built = self.engine
+        model_path, plan_path = workdir / "marked.onnx", workdir / "marked.plan"
+        with _outputs_set(self.model, outputs):
+            model_file.save(self.model, model_path)
+        profiles = [{name: Profile(*shapes) for name, shapes in profile.items()} for profile in built.profiles]
+        target = ",".join(built.target) or None
+        return plan_path, cast("EngineReport", engine(built.engine).build(model_path, plan_path, profiles=profiles, target=target))
 
     def runner(self, name: str, outputs: Sequence[str], device: str, workdir: Path) -> BaseRunner:
         """A runner that gives ``outputs``, which may be any values of the main graph."""
@@ -179,11 +198,18 @@ def _with_outputs(model: ir.Model, outputs: Sequence[str]) -> tuple[bytes, Path 
     folders = {Path(t.base_dir) for t in constants(model) if isinstance(t, ir.ExternalTensor)}
     if len(folders) > 1:
         raise ModelError(f"the model's external data lies in {len(folders)} folders: save it into one first (fqonnx.model.save)")
+    with _outputs_set(model, outputs):
+        return ir.to_proto(model).SerializeToString(), next(iter(folders), None)
+
+
+@contextmanager
+def _outputs_set(model: ir.Model, outputs: Sequence[str]) -> Iterator[None]:
+    """The model with other outputs for the time being."""
     values = {value.name: value for value in (*model.graph.inputs, *(v for node in model.graph for v in node.outputs))}
     kept = list(model.graph.outputs)
     try:
         model.graph.outputs[:] = [values[name] for name in outputs]
-        return ir.to_proto(model).SerializeToString(), next(iter(folders), None)
+        yield
     finally:
         model.graph.outputs[:] = kept
 
