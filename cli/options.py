@@ -17,7 +17,7 @@ from fqonnx.calib.weights import WEIGHT_QUANTIZERS
 from fqonnx.cli import terminal
 from fqonnx.engines import Profile
 from fqonnx.errors import UsageError
-from fqonnx.recipe import ALLOCATIONS, GROUP_SIZES, SCHEMES, Recipe
+from fqonnx.recipe import ALLOCATIONS, GROUP_SIZES, KV_CACHES, SCHEMES, Recipe
 
 if TYPE_CHECKING:
     from fqonnx.sensitivity import Mix
@@ -68,6 +68,9 @@ recipe_options = group(
     ),
     click.option("--keep", multiple=True, metavar="REGEX", help="Leave linears whose name matches in float; may be repeated."),
     click.option("--quantize-head/--float-head", default=None, help="Quantize the vocabulary projection too.  [default: float-head]"),
+    click.option(
+        "--kv", type=click.Choice(list(KV_CACHES)), help=f"How past keys and values of a decoder are stored.  [default: {Recipe.kv}]"
+    ),
     click.option("--seed", type=int, help=f"Seed of every random choice.  [default: {Recipe.seed}]"),
     click.option("--steps", type=int, help="Training steps of a learned transform per group.  [default: the transform's own]"),
 )

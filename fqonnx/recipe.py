@@ -39,6 +39,9 @@ FLOAT = Scheme("float", 16, 16)
 GROUP_SCHEMES = {**SCHEMES, FLOAT.name: FLOAT}
 """What a single group may be given."""
 
+KV_CACHES = ("none", "int8", "int4", "fp8")
+"""How keys and values of earlier tokens are stored; none leaves the cache in float."""
+
 ALLOCATIONS = ("dynamic", "greedy")
 """How schemes are chosen per group: exactly, or by the upgrade that saves the most error per bit, over and over."""
 
@@ -56,6 +59,7 @@ class Recipe:
         group_size: Weights along K that share a scale, one of ``GROUP_SIZES``; 0 is per output channel.
         keep: Regular expressions (``re.search``) on linear names; what matches stays in float.
         quantize_head: Quantize the vocabulary projection (lm_head) too.
+        kv: How a decoder's cache of keys and values is stored, one of ``KV_CACHES``.
         seed: Seed of every random choice: token reservoir, random rotations, training order.
         steps: Training steps of a learned transform per group; None takes the transform's own default.
 
@@ -70,6 +74,7 @@ class Recipe:
     group_size: int = 0
     keep: tuple[str, ...] = ()
     quantize_head: bool = False
+    kv: str = "none"
     seed: int = 0
     steps: int | None = None
 
@@ -84,6 +89,7 @@ class Recipe:
         _one_of("transform", self.transform, TRANSFORMS)
         _one_of("weights", self.weights, WEIGHT_QUANTIZERS)
         _one_of("group size", self.group_size, GROUP_SIZES)
+        _one_of("KV cache", self.kv, KV_CACHES)
         if not 0 <= self.seed < 2**31:
             raise UsageError(f"seed {self.seed} is out of range: give an integer from 0 to 2147483647")
         if self.steps is not None and self.steps < 1:
@@ -146,6 +152,7 @@ _KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "schemes": ("a table of schemes by group", lambda value: isinstance(value, dict) and all(map(_is_text, value.values()))),
     "transform": ("a name", _is_text),
     "weights": ("a name", _is_text),
+    "kv": ("a name", _is_text),
     "group_size": ("an integer", _is_integer),
     "keep": ("a list of regular expressions", lambda value: isinstance(value, list | tuple) and all(map(_is_text, value))),
     "quantize_head": ("true or false", lambda value: isinstance(value, bool)),
