@@ -362,7 +362,8 @@ def test_marking_layers_leaves_onnxruntimes_fusions_alone(tmp_path, scheme):
         options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
         options.log_severity_level = 4
         ort.InferenceSession(runners._with_outputs(side.model, outputs)[0], options, providers=["CPUExecutionProvider"])
-        ops = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+        # What comes behind a group is not its own: an activation that Gemm takes along.
+        ops = [node.op_type.removeprefix("Fused") for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
         counts.append({op: ops.count(op) for op in ("MatMulNBits", "MatMul", "Gemm", "DequantizeLinear")})
     assert len(marked) == 4
     assert counts[0]["MatMulNBits"]
