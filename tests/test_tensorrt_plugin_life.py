@@ -362,12 +362,12 @@ def zeros(*shape: int, dtype: Any = np.float32) -> Array:
 
 
 REFUSED: list[tuple[Problem, str, Array, str, str]] = [
-    (Quantizer(), "x", zeros(2, 64, dtype=np.int8), OF_TYPES, "activations of type 2 are neither kFLOAT (0), kHALF (1) nor kBF16 (7)"),
-    (Quantizer(), "left", zeros(8, 8, dtype=np.float16), OF_TYPES, "input left is of type 1, not 0"),
-    (Quantizer(), "clip", zeros(dtype=np.int8), OF_TYPES, "input clip is of type 2, not 0"),
-    (Quantizer(NORM), "gamma", zeros(64), OF_TYPES, "input gamma is of type 0, not 1"),
-    (Gemm(), "scale", zeros(2, 1, dtype=np.float16), OF_TYPES, "input scale is of type 1, not 0"),
-    (Gemm(), "w", zeros(32, 64, dtype=np.int8), OF_TYPES, "input w is of type 2, not 9"),
+    (Quantizer(), "x", zeros(2, 64, dtype=np.int8), OF_TYPES, "activations are of type INT8, not FLOAT, HALF or BF16"),
+    (Quantizer(), "left", zeros(8, 8, dtype=np.float16), OF_TYPES, "input left is of type HALF, not FLOAT"),
+    (Quantizer(), "clip", zeros(dtype=np.int8), OF_TYPES, "input clip is of type INT8, not FLOAT"),
+    (Quantizer(NORM), "gamma", zeros(64), OF_TYPES, "input gamma is of type FLOAT, not HALF"),
+    (Gemm(), "scale", zeros(2, 1, dtype=np.float16), OF_TYPES, "input scale is of type HALF, not FLOAT"),
+    (Gemm(), "w", zeros(32, 64, dtype=np.int8), OF_TYPES, "input w is of type INT8, not INT4"),
     (Quantizer(), "x", zeros(dtype=np.float16), OF_SHAPES, "input x has rank 0, not 1 or more"),
     (
         Quantizer("SiluMulFlatQuantize"),

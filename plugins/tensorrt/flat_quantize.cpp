@@ -152,9 +152,9 @@ class Quantizer final : public Op {
   Problem read(const std::vector<Shape>& in) const {
     const auto left = static_cast<size_t>(signature().left), gamma = static_cast<size_t>(signature().gamma);
     const Shape& x = in[0];
-    const std::string x_text = std::string(inputs()[0].name) + " " + text(x);
-    if (x.empty()) throw Failure(x_text + " has no columns");
-    if (is_gated() && x.back() >= 0 && x.back() % 2 != 0) throw Failure(x_text + " has no two halves of columns");
+    const auto x_text = [&] { return std::string(inputs()[0].name) + " " + text(x); };
+    if (x.empty()) throw Failure(x_text() + " has no columns");
+    if (is_gated() && x.back() >= 0 && x.back() % 2 != 0) throw Failure(x_text() + " has no two halves of columns");
     const int64_t k = is_gated() && x.back() >= 0 ? x.back() / 2 : x.back();
     for (const size_t factor : {left, left + 1}) {
       if (in[factor].size() != 2 || differ(in[factor][0], in[factor][1])) {
@@ -163,11 +163,11 @@ class Quantizer final : public Op {
     }
     if (differ(product(in[left + 2], in[left + 2].size()), 1)) throw Failure("clip " + text(in[left + 2]) + " is not one number");
     if (is_normed() && (in[gamma].size() != 1 || differ(in[gamma][0], k)))
-      throw Failure("gamma " + text(in[gamma]) + " does not fit " + x_text);
+      throw Failure("gamma " + text(in[gamma]) + " does not fit " + x_text());
     if (prologue_ == Prologue::kAddRmsNorm) {
       bool fits = in[1].size() == x.size();
       for (size_t i = 0; fits && i < x.size(); ++i) fits = !differ(in[1][i], x[i]);
-      if (!fits) throw Failure("residual " + text(in[1]) + " does not fit " + x_text);
+      if (!fits) throw Failure("residual " + text(in[1]) + " does not fit " + x_text());
     }
     return {product(x, x.size() - 1), k, in[left][0], in[left + 1][0]};
   }

@@ -12,7 +12,28 @@
 
 namespace fq::trt {
 
-using Shape = std::vector<int64_t>;  // a dimension below 0 is not known yet
+// Dimensions without memory of their own, for they are looked at in every enqueue. One below 0 is not known yet.
+class Shape {
+ public:
+  explicit Shape(const nvinfer1::Dims& dims) : dims_(dims) {
+    if (dims.nbDims < 0 || dims.nbDims > nvinfer1::Dims::MAX_DIMS) throw Failure("a tensor has rank " + std::to_string(dims.nbDims));
+  }
+
+  size_t size() const { return static_cast<size_t>(dims_.nbDims); }
+  bool empty() const { return dims_.nbDims == 0; }
+  int64_t operator[](size_t index) const { return dims_.d[index]; }
+  int64_t& operator[](size_t index) { return dims_.d[index]; }
+  int64_t back() const { return dims_.d[dims_.nbDims - 1]; }
+
+ private:
+  nvinfer1::Dims dims_;
+};
+
+inline std::string text(const Shape& shape) {
+  std::vector<int64_t> dims;
+  for (size_t i = 0; i < shape.size(); ++i) dims.push_back(shape[i]);
+  return text(dims);
+}
 
 enum class TensorKind { kActivation, kFloat, kInt8, kInt4, kOutput };  // kActivation: of the first input's type; kOutput: of output_type()
 

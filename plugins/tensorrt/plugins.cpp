@@ -11,6 +11,16 @@
 
 namespace fq::trt {
 
+namespace {
+
+std::string name_of(nvinfer1::DataType type) {
+  constexpr const char* kNames[] = {"FLOAT", "HALF", "INT8", "INT32", "BOOL", "UINT8", "FP8", "BF16", "INT64", "INT4", "FP4", "E8M0"};
+  const auto number = static_cast<size_t>(type);
+  return number < sizeof(kNames) / sizeof(kNames[0]) ? kNames[number] : std::to_string(static_cast<int32_t>(type));
+}
+
+}  // namespace
+
 int32_t element_type(nvinfer1::DataType type) {
   switch (type) {
     case nvinfer1::DataType::kFLOAT:
@@ -85,11 +95,6 @@ std::string title(const char* op, const char* layer) {
   return layer == nullptr || *layer == '\0' ? op : std::string(op) + " (" + layer + ")";
 }
 
-Shape shape_of(const nvinfer1::Dims& dims) {
-  if (dims.nbDims < 0 || dims.nbDims > nvinfer1::Dims::MAX_DIMS) throw Failure("a tensor has rank " + std::to_string(dims.nbDims));
-  return Shape(dims.d, dims.d + dims.nbDims);
-}
-
 std::string value_text(const std::variant<int32_t, float>& value) {
   if (std::holds_alternative<int32_t>(value)) return std::to_string(std::get<int32_t>(value));
   char digits[32];
@@ -150,8 +155,8 @@ class Plugin final : public nvinfer1::IPluginV3,
       element_type_of_first(inputs[0]);
       for (size_t i = 0; i < op_->inputs().size(); ++i) {
         if (inputs[i] == type_of(op_->inputs()[i].kind, inputs[0])) continue;
-        throw Failure(std::string("input ") + op_->inputs()[i].name + " is of type " + std::to_string(static_cast<int32_t>(inputs[i])) +
-                      ", not " + std::to_string(static_cast<int32_t>(type_of(op_->inputs()[i].kind, inputs[0]))));
+        throw Failure(std::string("input ") + op_->inputs()[i].name + " is of type " + name_of(inputs[i]) + ", not " +
+                      name_of(type_of(op_->inputs()[i].kind, inputs[0])));
       }
       for (size_t i = 0; i < op_->outputs().size(); ++i) outputs[i] = type_of(op_->outputs()[i].kind, inputs[0]);
       return 0;
@@ -191,7 +196,7 @@ class Plugin final : public nvinfer1::IPluginV3,
       check_counts(input_count, output_count);
       std::vector<Shape> declared, expected;
       for (int32_t i = 0; i < input_count; ++i) {
-        declared.push_back(shape_of(in[i].desc.dims));
+        declared.emplace_back(in[i].desc.dims);
         expected.push_back(declared.back());
         for (size_t j = 0; j < expected.back().size(); ++j) {
           if (expected.back()[j] < 0) expected.back()[j] = in[i].opt.d[j];
@@ -208,7 +213,7 @@ class Plugin final : public nvinfer1::IPluginV3,
                           int32_t output_count) const noexcept override {
     return guarded<size_t>(title_, 0, [&] {
       check_counts(input_count, output_count);
-      return op_->workspace(shape_of(in[0].max), in[0].desc.type);
+      return op_->workspace(Shape(in[0].max), in[0].desc.type);
     });
   }
 
@@ -303,7 +308,8 @@ class Plugin final : public nvinfer1::IPluginV3,
 
   std::vector<Shape> shapes_of(const PluginTensorDesc* in) const {
     std::vector<Shape> shapes;
-    for (size_t i = 0; i < op_->inputs().size(); ++i) shapes.push_back(shape_of(in[i].dims));
+    shapes.reserve(op_->inputs().size());
+    for (size_t i = 0; i < op_->inputs().size(); ++i) shapes.emplace_back(in[i].dims);
     return shapes;
   }
 

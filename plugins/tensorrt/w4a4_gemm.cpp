@@ -15,7 +15,7 @@ enum Input : size_t { kQ, kScale, kW, kWScale, kBias };
 struct Layout {
   const char* name;
   fq_layout number;
-  Shape shape, perm;  // by which the op's function undoes it
+  std::vector<int64_t> shape, perm;  // by which the op's function undoes it
 };
 
 // fqonnx/ops/layout.py
@@ -35,10 +35,10 @@ int32_t layout_of(const Fields& fields) {
     if (name == layout.name) {
       const struct {
         const char* name;
-        const Shape &otherwise, &wanted;
+        const std::vector<int64_t>&otherwise, &wanted;
       } parts[] = {{"layout_shape", layouts()[0].shape, layout.shape}, {"layout_perm", layouts()[0].perm, layout.perm}};
       for (const auto& part : parts) {
-        const Shape value = fields.integers(part.name, part.otherwise);
+        const std::vector<int64_t> value = fields.integers(part.name, part.otherwise);
         if (value != part.wanted)
           throw Failure(std::string("field ") + part.name + " is " + text(value) + ", not " + text(part.wanted) + " of layout " + name);
       }
