@@ -30,8 +30,7 @@ int32_t element_type(nvinfer1::DataType type) {
     case nvinfer1::DataType::kBF16:
       return FQ_BFLOAT16;
     default:
-      throw Failure("activations of type " + std::to_string(static_cast<int32_t>(type)) +
-                    " are neither kFLOAT (0), kHALF (1) nor kBF16 (7)");
+      throw Failure("activations are of type " + name_of(type) + ", not FLOAT, HALF or BF16");
   }
 }
 
