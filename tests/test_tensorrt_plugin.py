@@ -143,6 +143,14 @@ def test_creators_are_listed(registry: Registry) -> None:
     assert registry.registry.get_creator("FlatQuantize", "1", "") is None
 
 
+@pytest.mark.parametrize("name", ["IPluginV3", "IPluginV3OneCore", "IPluginV3OneBuild", "IPluginV3OneRuntime", "IPluginCreatorV3One"])
+def test_this_tensorrt_has_the_interfaces_in_the_version_that_is_implemented(registry: Registry, name: str) -> None:
+    base = getattr(registry.trt, name)
+    info = type("Implemented", (base,), {"__init__": base.__init__})().interface_info
+    header = (library.FOLDER / "tensorrt" / "interfaces.h").read_text()
+    assert f'return {{"{info.kind}", {info.major}, {info.minor}}};' in header
+
+
 @OPS
 @pytest.mark.parametrize("phase", ["BUILD", "RUNTIME"])
 def test_a_plugin_and_its_capabilities(registry: Registry, op: str, phase: str) -> None:
