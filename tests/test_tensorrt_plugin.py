@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fqonnx.plugins import library
+from fqonnx.plugins import library, toolchain
 from tests.plugin_support import require_compiler
 from tests.tensorrt_fields import BAD_FIELDS, BadField
 from tests.tensorrt_harness import compile_host_library, field_data
@@ -42,15 +42,15 @@ _FUNCTION = re.compile(r"^(\d+) .*::(~?)(\w+)$", re.MULTILINE)
 def layouts(folder: Path, *flags: str) -> str:
     """Sizes, tables of virtual functions, places of members and numbers of enumerators, as text."""
     source = Path(__file__).parent / "tensorrt" / "layouts.cpp"
-    command = ["g++", "-std=c++17", "-fdump-lang-class", "-Wno-invalid-offsetof", f"-I{library.FOLDER / 'tensorrt'}", *flags]
-    subprocess.run([*command, source, "-o", "layouts"], cwd=folder, check=True)
+    options = ["-std=c++17", "-fdump-lang-class", "-Wno-invalid-offsetof", f"-I{library.FOLDER / 'tensorrt'}", *flags]
+    subprocess.run(["g++", *options, source, "-o", "layouts"], cwd=folder, check=True)
     dump = next(folder.glob("*.class")).read_text()
     lines = sorted(f"{name} has {size} bytes, on borders of {align}" for name, size, align in _CLASS.findall(dump) if name in DATA)
     lines += subprocess.run([folder / "layouts"], capture_output=True, text=True, check=True).stdout.splitlines()
     for name, entries in sorted(_TABLE.findall(dump)):
         lines.append(name)
         for place, destructor, function in _FUNCTION.findall(entries):
-            lines.append(f"  {int(place) // 8 - 2} {'destructor' if destructor else function}")
+            lines.append(f"  {name} {int(place) // 8 - 2} {'destructor' if destructor else function}")
     return "\n".join(lines) + "\n"
 
 
@@ -59,6 +59,22 @@ def test_interfaces_are_laid_out_as_tensorrts(tmp_path: Path, golden: Callable[[
     if shutil.which("g++") is None:
         pytest.skip("no g++")
     golden("tensorrt_layouts", layouts(tmp_path))
+
+
+def test_the_headers_of_this_machine_say_the_same(tmp_path: Path) -> None:
+    headers = toolchain.find_tensorrt_headers()
+    if headers is None:
+        pytest.skip("no headers of TensorRT: set TENSORRT_INCLUDE_DIR")
+    require_compiler()
+    (tmp_path / "empty.cu").write_text("")
+    nvcc = toolchain.find_toolchain().nvcc
+    included = subprocess.run([nvcc, "-M", "empty.cu"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
+    cuda = next(Path(path).parent for path in included if path.endswith("/cuda_runtime_api.h"))
+    theirs = layouts(tmp_path, "-DFQ_TENSORRT_SDK", "-isystem", str(headers), "-isystem", str(cuda), "-w").splitlines()
+    golden = (Path(__file__).parent / "golden" / "tensorrt_layouts.txt").read_text().splitlines()
+    # All but the logger of the other major version.
+    assert [line for line in theirs if line not in golden] == []
+    assert {line.split()[0] for line in golden if line not in theirs} in ({"Logger10", "LoggerFinder10"}, {"Logger11", "LoggerFinder11"})
 
 
 # --- the library ------------------------------------------------------------------------------------------------------------------------
