@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from fqonnx import artifact, sensitivity
+from fqonnx import artifact, cache_plan, sensitivity
 from fqonnx import model as model_file
+from fqonnx.cache_plan import CachePlan
 from fqonnx.calib.data.holdout import Part, count_samples, has_free_batch
 from fqonnx.calib.kron import factor
 from fqonnx.calib.record import write_record
@@ -34,7 +35,7 @@ from fqonnx.recipe import Recipe
 from fqonnx.report import DataReport, GroupReport, LeftReport, Report, load_report, save_report
 from fqonnx.report.html import save_html
 from fqonnx.report.schema import encode
-from fqonnx.sizes import constant_bytes, constants
+from fqonnx.sizes import constant_bytes, constants, measure_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -128,6 +129,8 @@ def build(
         raise UsageError("schemes of single groups (--group-scheme) and a choice of schemes (--avg-bits, --mix) exclude each other")
     if mix is not None and mix.avg_bits is None and max_error is None:
         raise UsageError("--mix needs a bound: give --avg-bits or --max-error")
+    if recipe.kv != "none" and engine != "onnxruntime":
+        raise UsageError(f"--kv {recipe.kv} is for --engine onnxruntime, not {engine}: leave out --kv, or build for ONNX Runtime")
     builder = engine_named(engine)
     require_device(device)
     # What is missing is told before the long work: kernels for the target, the engine, the kernels' library for verification.
@@ -163,6 +166,9 @@ def build(
             }
         )
         workspace.require_space(float_model.disk_needed(recipe, data.rows, schemes=1 if mix is None else len(mix.schemes)))
+        if float_model.cache is not None:
+            with clock("kv cache"):
+                float_model = float_model.with_transformed_cache(data, recipe, workspace.work, device, progress)
         if mix is not None and mix.known is not None:
             sensitivity.adopt_work(mix.known, workspace.work)
         with clock("observe"):
@@ -182,6 +188,8 @@ def build(
         with clock("rewrite"):
             bindings = _write_model(float_model, solution, recipe, lowering, workspace.files / artifact.MODEL)
             write_record(workspace.files / artifact.CALIBRATION, [group.name for group in groups], solution, recipe)
+            if float_model.cache is not None:
+                float_model.cache.solution.save(workspace.files / cache_plan.FILE)
         with clock("engine"):
             built = builder.build(
                 workspace.files / artifact.MODEL,
@@ -204,7 +212,7 @@ def build(
             allocation=allocation,
             recipe=recipe.to_dict(),
             command=command,
-            notes=(*data.notes, *report.notes),
+            notes=(*data.notes, *([] if float_model.cache is None else [float_model.cache.summary]), *report.notes),
             time=clock.seconds(),
         )
         save_report(report, workspace.files / artifact.REPORT)
@@ -225,6 +233,7 @@ def build(
                 },
                 "versions": report.environment,
                 **({} if allocation is None else {"allocation": encode(allocation)}),
+                **({} if float_model.cache is None else {"kv_cache": float_model.cache.to_dict()}),
                 "groups": [entry for _, entry in entries],
                 "left_in_float": [_encode_left(left) for left in report.left_in_float],
                 "passed": report.passed,
@@ -315,6 +324,7 @@ class FloatModel:
     found: Linears
     fingerprint: str
     float_bytes: int
+    cache: CachePlan | None = None
 
     @classmethod
     def read(cls, path: Path, recipe: Recipe) -> FloatModel:
@@ -333,7 +343,17 @@ class FloatModel:
         found = find_for(model, recipe)
         if not found.groups:
             raise ModelError(f"{path} has nothing to quantize: {_why_nothing(found)}")
-        return cls(path, model, found, fingerprint, float_bytes)
+        return cls(path, model, found, fingerprint, float_bytes, CachePlan.of(model, recipe))
+
+    def with_transformed_cache(self, data: Data, recipe: Recipe, workdir: Path, device: str, progress: Progress) -> FloatModel:
+        """The same model, in place, with transforms of keys and values in it that leave what it computes as it is.
+
+        Raises:
+            CalibrationError: Keys or values hold NaN or Inf.
+        """
+        assert self.cache is not None
+        cache = self.cache.transformed(self.model, data.calibration, recipe, workdir=workdir, device=device, progress=progress)
+        return replace(self, cache=cache).under(recipe)
 
     def under(self, recipe: Recipe) -> FloatModel:
         """The same model, with the groups that another recipe leaves to be quantized.
@@ -519,6 +539,8 @@ def _write_model(
     from fqonnx.passes.pipeline import quantize_model
 
     model = quantize_model(float_model.model, float_model.found.groups, solution, recipe, target)
+    if float_model.cache is not None:
+        float_model.cache.apply(model)
     bindings = _bindings(model, {group.name: recipe.scheme_of(group.name) for group in float_model.found.groups})
     model_file.save(model, path)
     if unknown := _unknown_to_onnx(model):
@@ -587,9 +609,9 @@ def _encode_left(left: LeftReport) -> dict[str, str]:
 def _verify(reference: Path, candidate: Path, data: Data, max_error: float | None, device: str, progress: Progress) -> Report:
     from fqonnx.verify import verify
 
-    return verify(
+    report = verify(
         reference,
-        candidate,
+        cache_plan.comparable(candidate),
         data.held_out,
         max_error=max_error,
         tokens=False if data.random else None,
@@ -597,3 +619,5 @@ def _verify(reference: Path, candidate: Path, data: Data, max_error: float | Non
         data=data.report,
         progress=progress,
     )
+    # What stands around a quantized cache to compare it is no part of the model.
+    return replace(report, size=measure_size(model_file.load(reference), model_file.load(candidate)))

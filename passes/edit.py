@@ -19,6 +19,9 @@ LINEAR_TAG = "fqonnx.linear"
 LINEARS_TAG = "fqonnx.linears"
 """Likewise, the linears that were merged, as a JSON list in the order of their rows."""
 
+CACHE_TAG = "fqonnx.kv_cache"
+"""Likewise, the cache of keys or values (the name of its ``past`` input); its products are no linears of the model."""
+
 
 class Names:
     """Hands out names that no value (or no node) of the model has.

@@ -25,19 +25,26 @@ import onnx_ir as ir
 
 from fqonnx.errors import ModelError
 from fqonnx.passes.constants import dtype_of, is_constant, read, shape_of
-from fqonnx.passes.edit import Insertion, Names, last_dim
+from fqonnx.passes.edit import CACHE_TAG, Insertion, Names, last_dim
 from fqonnx.passes.kv_cache_find import Cache, CacheLayer, find
 from fqonnx.passes.kv_cache_formats import FORMATS, Emitter, Format
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["CACHE_TAG", "FORMATS", "METADATA", "Cache", "CacheLayer", "QuantizeCache", "TransformCache", "find", "with_float_cache"]
+__all__ = [
+    "FORMATS",
+    "METADATA",
+    "Cache",
+    "CacheLayer",
+    "QuantizeCache",
+    "TransformCache",
+    "find",
+    "output_importance",
+    "with_float_cache",
+]
 
 Array = npt.NDArray[np.float32]
-
-CACHE_TAG = "fqonnx.kv_cache"
-"""Key of a node's metadata: the cache (the name of its ``past`` input) that it was made for."""
 
 METADATA = "fqonnx.kv_cache"
 """Key of the model's metadata: how the cache is stored, as JSON ``{"format", "size", "caches": [{"past", "present"}]}``."""
@@ -483,3 +490,23 @@ def with_float_cache(model: ir.Model, transforms: Mapping[str, Array | None]) ->
 def _parts(values: Sequence[ir.Value], name: str, form: Format) -> dict[str, ir.Value]:
     by_name = {value.name: value for value in values}
     return {part: by_name[name if part == "codes" else f"{name}.{part}"] for part in form.parts}
+
+
+def output_importance(layer: CacheLayer) -> Array | None:
+    """How errors in values add up behind ``o_proj``: ``Σ W Wᵀ`` over its rows ``W`` ``[size, N]`` of the query heads that share a head.
+
+    Returns:
+        fp32 ``[heads, size, size]``, ``[1, size, size]`` where the heads that share one are not known; None where no linear follows.
+    """
+    size, heads = layer.value.size, layer.value.heads
+    readers = _linears_behind(layer.value.product.outputs[0], size)
+    if readers is None:
+        return None
+    total = np.zeros((heads if layer.query_heads else 1, size, size), np.float32)
+    for reader in readers:
+        value = reader.node.inputs[1]
+        assert value is not None
+        weight = read(value).astype(np.float32)
+        rows = (weight.T if reader.transposed else weight).reshape(-1, size, reader.features[0])
+        total += (rows @ rows.mT).reshape(len(total), -1, size, size).sum(1)
+    return total

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from fqonnx.passes.constants import dtype_of, is_constant, is_float, read, shape_of, sources
+from fqonnx.passes.edit import CACHE_TAG
 from fqonnx.passes.groups import Array, LeftInFloat, Linear, LinearGroup, Linears
 from fqonnx.passes.norms import find_site
 from fqonnx.recipe import FLOAT
@@ -65,7 +66,7 @@ def find(model: ir.Model, *, keep: Sequence[str] = (), quantize_head: bool = Fal
     left: list[LeftInFloat] = []
     for node in model.graph.all_nodes():
         matcher = _MATCHERS.get((node.domain, node.op_type))
-        if matcher is None:
+        if matcher is None or CACHE_TAG in node.metadata_props:
             continue
         name = names.unique(_readable_name(node), node)
         found = matcher(node)
