@@ -213,7 +213,7 @@ class StreamedModel:
         while portions and not portions[-1]:
             portions.pop()
         types: dict[str, int] = {}
-        with _Live(self._workdir, self._max_live_bytes) as live:
+        with Live(self._workdir, self._max_live_bytes) as live:
             source: Iterable[Feeds] | None = feeds
             for index, waves in enumerate(portions):
                 segment, last = segments[index], index == len(portions) - 1
@@ -248,7 +248,7 @@ class StreamedModel:
         session: ort.InferenceSession | None,
         segment: Segment,
         source: Iterable[Feeds] | None,
-        live: _Live,
+        live: Live,
         handed: Sequence[str],
         keep: set[str],
         *,
@@ -371,7 +371,7 @@ def describe(error: BaseException) -> str:
     return text[:400].rstrip(" .")
 
 
-class _Live:
+class Live:
     """Values that wait for a later pass, by name and sample: in memory up to a bound, the rest as ``.npy`` files."""
 
     def __init__(self, workdir: Path, max_bytes: int) -> None:

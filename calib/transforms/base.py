@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     import torch
+    from torch import nn
 
     from fqonnx.recipe import Scheme
 
@@ -53,6 +56,38 @@ class FittedTransform:
     right: torch.Tensor | None = None
     clip: float = 1.0
     weight_clip: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Transformation:
+    """A transform at one step of its training, differentiable.
+
+    Attributes:
+        apply: Input rows ``[.., K]`` to transformed rows.
+        fold: A weight ``[N, K]`` to the one that makes up for it.
+        fitted: The same without clips.
+    """
+
+    apply: Callable[[torch.Tensor], torch.Tensor]
+    fold: Callable[[torch.Tensor], torch.Tensor]
+    fitted: FittedTransform
+
+
+@runtime_checkable
+class Learnable(Protocol):
+    """A transform that can be trained on the output of a whole block."""
+
+    def learned(self, problem: Problem) -> nn.Module:
+        """A module whose parameters are trained.
+
+        Raises:
+            CalibrationError: The statistics are missing.
+        """
+        ...
+
+    def transformations(self, learned: Sequence[nn.Module]) -> list[Transformation]:
+        """The transformations of the moment of several such modules, together: what they have in common is done once."""
+        ...
 
 
 class Transform(Protocol):

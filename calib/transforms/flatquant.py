@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from fqonnx.calib import kron
 from fqonnx.calib.quantizers import fake_quantize, row_scale
-from fqonnx.calib.transforms.base import FittedTransform, Problem
+from fqonnx.calib.transforms.base import FittedTransform, Problem, Transformation
 from fqonnx.calib.transforms.hadamard import hadamard
 from fqonnx.calib.transforms.smooth import channel_scale
 from fqonnx.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 POWER_TOKENS = 4096
 """Tokens that the magnitude of a linear's output is measured on."""
@@ -43,27 +47,32 @@ class InvertibleFactor(nn.Module):
         n = start.shape[0]
         self.fixed = n > MAX_TRAINED
         self.register_buffer("start", start)
-        self.register_buffer("eye", torch.eye(n, device=start.device))
         self.u = nn.Parameter(torch.zeros(n, n, device=start.device))
         self.v = nn.Parameter(torch.zeros(n, n, device=start.device))
         self.s = nn.Parameter(torch.zeros(n, device=start.device))
 
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The matrix and its inverse."""
-        start, eye = self.get_buffer("start"), self.get_buffer("eye")
+    def forward(self, rotations: tuple[torch.Tensor, torch.Tensor] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The matrix and its inverse; ``rotations`` are those of ``u`` and ``v`` where they are known."""
+        start = self.get_buffer("start")
         if self.fixed:
             return start, start.mT
-        u = start @ _cayley(self.u, eye)
-        v = _cayley(self.v, eye)
+        u, v = _cayley([self.u, self.v]) if rotations is None else rotations
+        u = start @ u
         s = self.bound * torch.tanh(self.s / self.bound)
         return (u * s.exp()) @ v.mT, (v * (-s).exp()) @ u.mT
 
 
-def _cayley(raw: torch.Tensor, eye: torch.Tensor) -> torch.Tensor:
-    skew = raw.triu(1)
+def _cayley(raw: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """``(I + A)⁻¹ (I - A)`` of the skew-symmetric part of each square matrix, all in one batch: small ones are padded with zeros.
+
+    ``I + A`` is never singular: there is nothing to check, which on a GPU would wait for the result.
+    """
+    widest = max(len(matrix) for matrix in raw)
+    skew = torch.stack([functional.pad(matrix, (0, widest - len(matrix), 0, widest - len(matrix))) for matrix in raw]).triu(1)
     skew = skew - skew.mT
-    rotation: torch.Tensor = torch.linalg.solve(eye + skew, eye - skew)
-    return rotation
+    eye = torch.eye(widest, device=skew.device)
+    rotations = torch.linalg.solve_ex(eye + skew, eye - skew)[0]
+    return [rotation[: len(matrix), : len(matrix)] for rotation, matrix in zip(rotations, raw, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,53 @@ class FlatQuant:
             raise CalibrationError("the calibration activations hold NaN or Inf: check the model in float first")
         return _train(problem, problem.tokens, problem.absmax, self.training)
 
+    def learned(self, problem: Problem) -> LearnedPair:
+        """The pair at its start, for whoever trains it on more than one group's outputs.
+
+        Raises:
+            CalibrationError: The problem carries no absmax.
+        """
+        if problem.absmax is None:
+            raise CalibrationError("the flatquant transform needs calibration statistics: give calibration data")
+        return LearnedPair(problem.weight, problem.absmax, problem.seed, self.training.alpha)
+
+    def transformations(self, learned: Sequence[nn.Module]) -> list[Transformation]:
+        """The transformations of several pairs, in the order given, their rotations computed in one batch."""
+        pairs = [pair for pair in learned if isinstance(pair, LearnedPair)]
+        skew = [pair.skew() for pair in pairs]
+        flat = [raw for several in skew for raw in several]
+        rotations = iter(_cayley(flat) if flat else [])
+        return [pair([next(rotations) for _ in several]) for pair, several in zip(pairs, skew, strict=True)]
+
+
+class LearnedPair(nn.Module):
+    """A channel scale and a Kronecker pair as they are trained."""
+
+    def __init__(self, weight: torch.Tensor, absmax: torch.Tensor, seed: int, alpha: float) -> None:
+        super().__init__()
+        n1, n2 = kron.factor(weight.shape[1])
+        generator = torch.Generator().manual_seed(seed)
+        self.left = InvertibleFactor(hadamard(n1, generator).to(weight.device))
+        self.right = InvertibleFactor(hadamard(n2, generator).to(weight.device))
+        self.log_scale = nn.Parameter(channel_scale(absmax, weight, alpha).log())
+
+    def forward(self, rotations: Sequence[torch.Tensor] = ()) -> Transformation:
+        """The transformation of this step; ``rotations`` are those of the trained factors where they are known."""
+        known = iter(rotations)
+        (left, left_inverse), (right, right_inverse) = (
+            factor((next(known), next(known)) if rotations and not factor.fixed else None) for factor in (self.left, self.right)
+        )
+        scale = self.log_scale.clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE).exp()
+        return Transformation(
+            apply=lambda x: kron.apply(x / scale, left, right),
+            fold=lambda w: kron.apply(w * scale, left_inverse.mT, right_inverse.mT),
+            fitted=FittedTransform(channel_scale=scale, left=left, right=right),
+        )
+
+    def skew(self) -> list[torch.Tensor]:
+        """What the rotations of the trained factors are made of."""
+        return [raw for factor in (self.left, self.right) if not factor.fixed for raw in (factor.u, factor.v)]
+
 
 class _Group(nn.Module):
     """The trainable state of one group."""
@@ -105,26 +161,16 @@ class _Group(nn.Module):
     def __init__(self, problem: Problem, absmax: torch.Tensor, alpha: float) -> None:
         super().__init__()
         weight = problem.weight
-        n1, n2 = kron.factor(weight.shape[1])
-        generator = torch.Generator().manual_seed(problem.seed)
-        self.left = InvertibleFactor(hadamard(n1, generator).to(weight.device))
-        self.right = InvertibleFactor(hadamard(n2, generator).to(weight.device))
-        self.log_scale = nn.Parameter(channel_scale(absmax, weight, alpha).log())
+        self.pair = LearnedPair(weight, absmax, problem.seed, alpha)
         self.clip = nn.Parameter(torch.tensor(4.0, device=weight.device))
         self.weight_clip = nn.Parameter(torch.full((weight.shape[0], 1), 4.0, device=weight.device))
         self.activation_bits = problem.scheme.activation_bits
         self.weight_bits = problem.scheme.weight_bits
         self.group_size = problem.group_size
 
-    def scale(self) -> torch.Tensor:
-        return self.log_scale.clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE).exp()
-
     def quantized(self, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        left, left_inverse = self.left()
-        right, right_inverse = self.right()
-        scale = self.scale()
-        t = kron.apply(x / scale, left, right)
-        w = kron.apply(weight * scale, left_inverse.mT, right_inverse.mT)
+        transformation = self.pair()
+        t, w = transformation.apply(x), transformation.fold(weight)
         if self.activation_bits < 16:
             t = fake_quantize(t, row_scale(t, self.activation_bits, torch.sigmoid(self.clip)), self.activation_bits)
         rows = w.reshape(-1, self.group_size or w.shape[1])
@@ -158,10 +204,8 @@ def _train(problem: Problem, tokens: torch.Tensor, absmax: torch.Tensor, trainin
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        return FittedTransform(
-            channel_scale=group.scale(),
-            left=group.left()[0],
-            right=group.right()[0],
+        return replace(
+            group.pair().fitted,
             clip=float(torch.sigmoid(group.clip)),
             weight_clip=torch.sigmoid(group.weight_clip),
         )
