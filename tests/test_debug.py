@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -19,9 +23,6 @@ from fqonnx.errors import ArtifactError, DataError, ModelError, UsageError
 from fqonnx.recipe import Recipe
 from fqonnx.verify import verify
 from tests.cli_support import K, one_line, run, run_process, write_data, write_mlp
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 GROUPS = tuple(f"layers.{i}.{name}" for i in range(3) for name in ("up", "down"))
 
@@ -236,3 +237,27 @@ def test_polygraphy_with_plugins_needs_tensorrt(monkeypatch):
     done = run("debug", "polygraphy", "run", "model.onnx")
     assert done.code == 1
     assert "pip install 'fqonnx[tensorrt]'" in one_line(done.stderr)
+
+
+def test_a_model_is_reduced_as_documented(tmp_path):
+    """Polygraphy's reducer keeps the functions and the INT4 weights of what it leaves; the command is that of docs/debugging.md."""
+    pytest.importorskip("onnx_graphsurgeon", reason="pip install onnx-graphsurgeon")
+    page = (Path(__file__).parents[1] / "docs" / "debugging.md").read_text()
+    (line,) = re.findall(r"^polygraphy debug reduce .*$", page, re.MULTILINE)
+    assert line.endswith("--check polygraphy run polygraphy_debug.onnx --onnxrt")
+    model = write_mlp(tmp_path / "m.onnx")
+    recipe = Recipe(transform="hadamard", weights="rtn")
+    build(model, tmp_path / "out", recipe=recipe, calib_data=str(write_data(tmp_path / "d.npz")))
+    # What fails stands in for a runtime that does not take one node.
+    (tmp_path / "check.py").write_text(
+        "import onnx\nnodes = onnx.load('polygraphy_debug.onnx').graph.node\nraise SystemExit(any(n.name == 'layers.0.down' for n in nodes))"
+    )
+    words = shlex.split(line.replace("x:[2,768]", f"x:[2,{K}]").partition(" --check ")[0])[1:]
+    program = [sys.executable, "-c", "from polygraphy.tools import main; raise SystemExit(main())"]
+    subprocess.run([*program, *words, "--check", sys.executable, "check.py"], cwd=tmp_path, check=True, capture_output=True)
+    reduced, whole = onnx.load(tmp_path / "reduced.onnx"), onnx.load(tmp_path / "out" / "model.onnx")
+    assert [node.name for node in reduced.graph.node] == ["layers.0.down"]
+    assert {function.name for function in reduced.functions} >= {"W4A4Gemm"}
+    weights = [next(t for t in m.graph.initializer if t.name == "layers.0.down.weight_int4") for m in (reduced, whole)]
+    assert weights[0].data_type == TensorProto.INT4
+    np.testing.assert_array_equal(*map(numpy_helper.to_array, weights))

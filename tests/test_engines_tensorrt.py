@@ -380,6 +380,37 @@ def test_profiles_of_a_build_are_those_of_the_data_where_none_are_given(built):
     ]
 
 
+@pytest.mark.parametrize(
+    ("scheme", "group_size", "kernels"),
+    [("w4a16", 0, "two"), ("w4a16", 128, "one"), ("w8a16", 0, "one"), ("w8a8", 0, "one"), ("w4a4", 0, "two"), ("w4a8", 0, "two")],
+)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_in_how_many_kernels_tensorrt_rtx_multiplies(rtx, tmp_path, dtype, scheme, group_size, kernels):
+    """The table of docs/deploy.md. A change here is a new version of TensorRT-RTX: measure it again."""
+    element, rng = helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), np.random.default_rng(0)
+    model = save(
+        tmp_path / "m.onnx",
+        [
+            helper.make_node("MatMul", ["x", "w"], ["h"], name="up"),
+            helper.make_node("Relu", ["h"], ["r"]),
+            helper.make_node("MatMul", ["r", "v"], ["y"], name="down"),
+        ],
+        [("x", element, ["b", 256])],
+        [("y", element, ["b", 256])],
+        {"w": (rng.normal(size=(256, 512)) / 16).astype(dtype), "v": (rng.normal(size=(512, 256)) / 16).astype(dtype)},
+    )
+    np.savez(tmp_path / "d.npz", x=rng.normal(size=(4, 256)).astype(dtype))
+    recipe = Recipe(scheme=scheme, group_size=group_size, transform="none", weights="rtn")
+    profiles = [{"x": Profile((1, 256), (16, 256), (64, 256))}]
+    build(model, tmp_path / "out", recipe=recipe, calib_data=str(tmp_path / "d.npz"), engine="tensorrt-rtx", profiles=profiles)
+    report = load_report(tmp_path / "out" / "report.json").engine
+    widened = "Float" if scheme in ("w4a4", "w4a8") or dtype == np.float32 else "Half"
+    how = f"one kernel reads the {scheme[1]}-bit weight"
+    if kernels == "two":
+        how = f"a kernel of its own widens the {scheme[1]}-bit weight to {widened}, then {widened} is multiplied"
+    assert {group.how for group in report.groups} == {how}
+
+
 def listed(name, kind, inputs, constants, outputs, nodes, *, between="\x1f", older=False):
     """A line as the inspector writes it, or as it did before TensorRT 11."""
 
