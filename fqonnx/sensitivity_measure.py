@@ -137,7 +137,7 @@ class Probe:
 
     def compare(self, model: ir.Model, feeds: Sequence[Feeds], outputs: Sequence[str]) -> OutputError:
         """The error of a model's outputs, which bear the float model's names, on feeds of the same samples."""
-        errors = {name: _Error(logits=_is_logits(name)) for name in outputs}
+        errors = {name: RunningError(logits=_is_logits(name)) for name in outputs}
 
         def compare(sample: int, values: Mapping[str, Array]) -> None:
             for name, array in values.items():
@@ -194,8 +194,8 @@ def _with_noise(y: Array, random: np.random.Generator) -> Array:
     return noisy
 
 
-class _Error:
-    """Sums over samples of one output's error."""
+class RunningError:
+    """One output's error over samples; float outputs only, others are told by ``is_float``."""
 
     def __init__(self, *, logits: bool) -> None:
         self.logits = logits
@@ -225,12 +225,14 @@ class _Error:
 
     @property
     def rel_l2(self) -> float:
+        """``|error| / |reference|``; NaN where one side is not finite alone, infinite where only the reference is zero."""
         if self._rr == 0:
             return 0.0 if self._ee == 0 else math.inf if math.isfinite(self._ee) else math.nan
         return math.sqrt(self._ee / self._rr) if math.isfinite(self._ee) else math.nan
 
     @property
     def kl(self) -> float:
+        """Mean KL divergence of the softmax over the last axis, nats."""
         return max(0.0, self._kl / self._rows) if self._rows and math.isfinite(self._kl) else math.nan
 
 
