@@ -115,7 +115,7 @@ def solve(
 
 
 def _key(fingerprint: str, recipe: Recipe, device: str, base: SolutionStore | None, group: str) -> str:
-    depends_on = [fingerprint, recipe.to_dict(), device, None if base is None else base.key(group), _versions()]
+    depends_on = [fingerprint, recipe.to_dict(), device, None if base is None else base.key(group), library_versions()]
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
 
 
@@ -168,7 +168,7 @@ def _solve_here(group: LinearGroup, stats: StatsStore | None, recipe: Recipe, de
         group.read_weights(),
         None if stats is None else stats.load(group.name),
         recipe.for_group(group.name),
-        seed=_seed(recipe.seed, group.name),
+        seed=group_seed(recipe.seed, group.name),
         out_features=tuple(linear.out_features for linear in group.linears),
         device=device,
         base=None if base is None else base(group.name),
@@ -231,7 +231,7 @@ class _Tasks:
             result=str(self._store.path(group.name)),
             key=self._store.key(group.name),
             recipe=self._recipe.for_group(group.name).to_dict(),
-            seed=_seed(self._recipe.seed, group.name),
+            seed=group_seed(self._recipe.seed, group.name),
             out_features=tuple(linear.out_features for linear in group.linears),
             base=None if self._base is None else str(self._base.path(group.name)),
         )
@@ -324,12 +324,13 @@ class _Worker:
         self._process.stdout.close()
 
 
-def _seed(seed: int, name: str) -> int:
+def group_seed(seed: int, name: str) -> int:
     """A group's own seed: what it is given must not depend on which groups there are besides it."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=4).digest(), "little") >> 1
 
 
-def _versions() -> list[str]:
+def library_versions() -> list[str]:
+    """What solutions depend on besides their input."""
     import torch
 
     return [version("fqonnx"), torch.__version__]

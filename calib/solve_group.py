@@ -103,18 +103,46 @@ def _solve(
     codes, scales = quantizer.quantize(
         target, bits=scheme.weight_bits, group_size=recipe.group_size, hessian=hessian, clip=fitted.weight_clip
     )
-    rounded = _dequantize(codes, scales)
+    return measure(name, w, fitted, codes, scales, held_out, scheme.activation_bits, time.perf_counter() - start)
+
+
+def measure(
+    name: str,
+    weight: torch.Tensor,
+    fitted: FittedTransform,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    rows: torch.Tensor | None,
+    activation_bits: int,
+    seconds: float,
+) -> GroupSolution:
+    """A solution with its figures for the report.
+
+    Args:
+        name: The group's name.
+        weight: The float weight ``[N, K]``.
+        fitted: The transform and its clip.
+        codes: ``[N, K]``.
+        scales: ``[N, K / G]``.
+        rows: Float input rows ``[T, K]`` that nothing was trained on; None leaves out the figures that need them.
+        activation_bits: Bits of the input.
+        seconds: What it took.
+
+    Raises:
+        CalibrationError: The clip is not one.
+    """
+    folded, rounded = moments.fold(fitted, weight), _dequantize(codes, scales)
     metrics = {"weight_rel_l2": _rel_l2(rounded, folded)}
     profiles: tuple[Array | None, Array | None] = (None, None)
-    if held_out is not None:
-        t = moments.forward(fitted, held_out)
-        quantized = moments.quantize_input(t, scheme.activation_bits, fitted.clip)
+    if rows is not None:
+        t = moments.forward(fitted, rows)
+        quantized = moments.quantize_input(t, activation_bits, fitted.clip)
         metrics["activation_rel_l2"] = _rel_l2(quantized, t)
-        metrics["output_rel_l2"] = _rel_l2(quantized @ rounded.mT, held_out @ w.mT)
-        before, after = _channel_norms(held_out), _channel_norms(t)
+        metrics["output_rel_l2"] = _rel_l2(quantized @ rounded.mT, rows @ weight.mT)
+        before, after = _channel_norms(rows), _channel_norms(t)
         metrics["flatness_before"], metrics["flatness_after"] = _flatness(before), _flatness(after)
         profiles = (_profile(before), _profile(after))
-    metrics["seconds"] = time.perf_counter() - start
+    metrics["seconds"] = seconds
     return GroupSolution(
         group=name,
         channel_scale=_array(fitted.channel_scale),

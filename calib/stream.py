@@ -392,6 +392,7 @@ class Live:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def put_all(self, arrays: Mapping[str, npt.NDArray[Any]], sample: int) -> None:
+        """Keep a sample's arrays; one that is there already stays as it is."""
         self.samples = max(self.samples, sample + 1)
         for name, array in arrays.items():
             slot = self._items.setdefault(name, {})
@@ -399,6 +400,7 @@ class Live:
                 slot[sample] = self._placed(array)
 
     def get(self, name: str, sample: int) -> npt.NDArray[Any]:
+        """One sample's array."""
         item = self._items[name][sample]
         if isinstance(item, Path):
             array: npt.NDArray[Any] = np.load(item, allow_pickle=False)
@@ -413,6 +415,12 @@ class Live:
                     item.unlink()
                 else:
                     self._bytes -= item.nbytes
+
+    def rename(self, names: Mapping[str, str], *, keep: set[str]) -> None:
+        """Forget every value but those in ``keep`` and those that ``names`` gives new names, ``{new: old}``."""
+        self.retain({*keep, *names.values()})
+        moved = {new: self._items.pop(old) for new, old in names.items()}
+        self._items.update(moved)
 
     def _placed(self, array: npt.NDArray[Any]) -> npt.NDArray[Any] | Path:
         if self._bytes + array.nbytes <= self._max_bytes or array.dtype.hasobject:

@@ -17,7 +17,7 @@ from fqonnx.calib.weights import WEIGHT_QUANTIZERS
 from fqonnx.cli import terminal
 from fqonnx.engines import Profile
 from fqonnx.errors import UsageError
-from fqonnx.recipe import ALLOCATIONS, GROUP_SIZES, KV_CACHES, SCHEMES, Recipe
+from fqonnx.recipe import ALLOCATIONS, GROUP_SIZES, KV_CACHES, RECONSTRUCTIONS, SCHEMES, Recipe
 
 if TYPE_CHECKING:
     from fqonnx.sensitivity import Mix
@@ -71,8 +71,13 @@ recipe_options = group(
     click.option(
         "--kv", type=click.Choice(list(KV_CACHES)), help=f"How past keys and values of a decoder are stored.  [default: {Recipe.kv}]"
     ),
+    click.option(
+        "--reconstruct",
+        type=click.Choice(list(RECONSTRUCTIONS)),
+        help=f"What a group is solved for: its own output, fast, or its block's, accurate.  [default: {Recipe.reconstruct}]",
+    ),
     click.option("--seed", type=int, help=f"Seed of every random choice.  [default: {Recipe.seed}]"),
-    click.option("--steps", type=int, help="Training steps of a learned transform per group.  [default: the transform's own]"),
+    click.option("--steps", type=int, help="Training steps of a learned transform, per group or per block.  [default: the method's own]"),
 )
 """The fields of ``Recipe``, plus ``--recipe``; read them with ``read_recipe``."""
 

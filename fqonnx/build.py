@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from fqonnx.calib.data import Source
     from fqonnx.calib.solution import GroupSolution
-    from fqonnx.calib.stores import StatsStore
+    from fqonnx.calib.stores import SolutionStore, StatsStore
     from fqonnx.passes.groups import LinearGroup, Linears
     from fqonnx.progress import Progress
     from fqonnx.recipe import Scheme
@@ -171,8 +171,11 @@ def build(
                 float_model = float_model.with_transformed_cache(data, recipe, workspace.work, device, progress)
         if mix is not None and mix.known is not None:
             sensitivity.adopt_work(mix.known, workspace.work)
-        with clock("observe"):
-            stats = observe_groups(float_model, data, recipe, workspace.work, progress, tokens=mix is not None)
+        blockwise = recipe.reconstruct == "block"
+        stats = None
+        if mix is not None or not blockwise:
+            with clock("observe"):
+                stats = observe_groups(float_model, data, recipe, workspace.work, progress, tokens=mix is not None)
         sensitivities, allocation = None, None
         if mix is not None:
             sensitivities, allocation = sensitivity.choose_for_build(
@@ -184,7 +187,10 @@ def build(
         groups = float_model.found.groups
         with clock("solve"):
             inputs = float_model.solved_from(data)
-            solution = solve(groups, stats, recipe, workdir=workspace.work, fingerprint=inputs, device=device, progress=progress)
+            if blockwise:
+                solution = _reconstruct(float_model, data, recipe, workspace.work, inputs, device, progress)
+            else:
+                solution = solve(groups, stats, recipe, workdir=workspace.work, fingerprint=inputs, device=device, progress=progress)
         with clock("rewrite"):
             bindings = _write_model(float_model, solution, recipe, lowering, workspace.files / artifact.MODEL)
             write_record(workspace.files / artifact.CALIBRATION, [group.name for group in groups], solution, recipe)
@@ -381,6 +387,10 @@ class FloatModel:
         from fqonnx.calib.observe import reservoir_rows
 
         groups, (needs_tokens, needs_hessian) = self.found.groups, _needs(recipe)
+        if recipe.reconstruct == "block":
+            # Three activations of every token between two blocks, as wide as the narrowest group's input.
+            streams = 3 * 4 * rows * min(group.in_features for group in groups)
+            return self.float_bytes + streams + schemes * sum(group.in_features * group.out_features for group in groups)
         needed = self.float_bytes + schemes * sum(group.in_features * group.out_features for group in groups)
         needed += sum(2 * 4 * n**2 for group in groups for n in factor(group.in_features))
         if needs_tokens:
@@ -526,6 +536,27 @@ def observe_groups(
         needs_hessian=needs_hessian,
         seed=recipe.seed,
         mask=padding_mask(float_model.model),
+        progress=progress,
+    )
+
+
+def _reconstruct(
+    float_model: FloatModel, data: Data, recipe: Recipe, workdir: Path, fingerprint: str, device: str, progress: Progress
+) -> SolutionStore:
+    """Solutions that were trained on the outputs of whole blocks."""
+    from fqonnx.calib.reconstruct import reconstruct
+    from fqonnx.calib.roles import padding_mask
+
+    return reconstruct(
+        float_model.model,
+        float_model.found.groups,
+        data.calibration,
+        recipe,
+        workdir=workdir,
+        fingerprint=fingerprint,
+        device=device,
+        mask=padding_mask(float_model.model),
+        stacks=has_free_batch(model_file.inputs(float_model.model)),
         progress=progress,
     )
 

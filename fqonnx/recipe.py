@@ -46,6 +46,10 @@ ALLOCATIONS = ("dynamic", "greedy")
 """How schemes are chosen per group: exactly, or by the upgrade that saves the most error per bit, over and over."""
 
 
+RECONSTRUCTIONS = ("group", "block")
+"""What a group is solved for: the output of its own linears, fast, or that of the whole block it lies in, accurate."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What to build, in the field's terms.
@@ -60,8 +64,9 @@ class Recipe:
         keep: Regular expressions (``re.search``) on linear names; what matches stays in float.
         quantize_head: Quantize the vocabulary projection (lm_head) too.
         kv: How a decoder's cache of keys and values is stored, one of ``KV_CACHES``.
+        reconstruct: What a group is solved for, one of ``RECONSTRUCTIONS``.
         seed: Seed of every random choice: token reservoir, random rotations, training order.
-        steps: Training steps of a learned transform per group; None takes the transform's own default.
+        steps: Training steps of a learned transform, per group or per block; None takes the default.
 
     Raises:
         UsageError: A value is not one of the choices; the message lists them.
@@ -75,6 +80,7 @@ class Recipe:
     keep: tuple[str, ...] = ()
     quantize_head: bool = False
     kv: str = "none"
+    reconstruct: str = "group"
     seed: int = 0
     steps: int | None = None
 
@@ -90,6 +96,7 @@ class Recipe:
         _one_of("weights", self.weights, WEIGHT_QUANTIZERS)
         _one_of("group size", self.group_size, GROUP_SIZES)
         _one_of("KV cache", self.kv, KV_CACHES)
+        _one_of("reconstruction", self.reconstruct, RECONSTRUCTIONS)
         if not 0 <= self.seed < 2**31:
             raise UsageError(f"seed {self.seed} is out of range: give an integer from 0 to 2147483647")
         if self.steps is not None and self.steps < 1:
@@ -156,6 +163,7 @@ _KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "group_size": ("an integer", _is_integer),
     "keep": ("a list of regular expressions", lambda value: isinstance(value, list | tuple) and all(map(_is_text, value))),
     "quantize_head": ("true or false", lambda value: isinstance(value, bool)),
+    "reconstruct": ("a name", _is_text),
     "seed": ("an integer", _is_integer),
     "steps": ("an integer or null", lambda value: value is None or _is_integer(value)),
 }

@@ -204,8 +204,9 @@ def _train(problem: Problem, tokens: torch.Tensor, absmax: torch.Tensor, trainin
         optimizer.step()
         schedule.step()
     with torch.no_grad():
+        found: FittedTransform = group.pair().fitted
         return replace(
-            group.pair().fitted,
+            found,
             clip=float(torch.sigmoid(group.clip)),
             weight_clip=torch.sigmoid(group.weight_clip),
         )

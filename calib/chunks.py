@@ -1,0 +1,122 @@
+"""Calibration data for training: samples of equal shapes together, and the activations of every chunk between two blocks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+import torch
+
+from fqonnx.calib.stream import Live
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from fqonnx.calib.data.base import Feeds
+
+    Tensors = dict[str, torch.Tensor]
+
+HELD_OUT = 16
+"""One chunk in this many is kept from training, where there are as many: the figures of the report are of it."""
+
+DEFAULT_LIVE_BYTES = 2 << 30
+"""Activations in memory; what goes beyond it waits on disk."""
+
+
+class Chunks:
+    """Feeds and streams of activations by chunk.
+
+    Args:
+        source: Feeds of the model; read once.
+        workdir: Folder for what does not fit in memory.
+        tokens: Rows of a chunk, as far as feeds of equal shapes can be stacked.
+        stacks: Whether feeds of equal shapes can be: the first axis of every input is the same free axis.
+        mask: The input ``[batch, sequence]`` that is zero where a token is padding, or None.
+        live_bytes: Bytes in memory.
+    """
+
+    def __init__(
+        self,
+        source: Iterable[Feeds],
+        workdir: Path,
+        *,
+        tokens: int,
+        stacks: bool,
+        mask: str | None = None,
+        live_bytes: int = DEFAULT_LIVE_BYTES,
+    ) -> None:
+        self._live = Live(workdir, live_bytes)
+        self._mask = mask
+        self._names: list[str] = []
+        self.rows: list[int] = []
+        pending: dict[tuple[tuple[int, ...], ...], list[Feeds]] = {}
+        for feed in source:
+            alike = pending.setdefault(tuple(array.shape for array in feed.values()), [])
+            alike.append(feed)
+            if not stacks or sum(_rows(one) for one in alike) + _rows(feed) > tokens:
+                self._add(alike)
+        for alike in pending.values():
+            if alike:
+                self._add(alike)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.__exit__()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def training(self) -> list[int]:
+        """Chunks that are trained on: all but every ``HELD_OUT``-th."""
+        return [index for index in range(len(self)) if index not in self.held_out]
+
+    @property
+    def held_out(self) -> range:
+        """Chunks that are not; empty where there are fewer than ``HELD_OUT``."""
+        return range(HELD_OUT - 1, len(self), HELD_OUT)
+
+    def feeds(self, chunk: int) -> Tensors:
+        """The model's inputs."""
+        return {name: torch.from_numpy(self._live.get(f"feed {name}", chunk)) for name in self._names}
+
+    def mask(self, chunk: int) -> torch.Tensor | None:
+        """``[batch, sequence]``: what is not padding; None where the data have no padding mask, or it masks nothing."""
+        if self._mask is None:
+            return None
+        mask = self._live.get(f"feed {self._mask}", chunk) != 0
+        return None if mask.all() else torch.from_numpy(mask)
+
+    def put(self, stream: str, chunk: int, activation: torch.Tensor) -> None:
+        """Keep a chunk's activation."""
+        self._live.put_all({stream: activation.detach().cpu().numpy()}, chunk)
+
+    def get(self, stream: str, chunk: int) -> torch.Tensor:
+        """A chunk's activation, on the CPU."""
+        return torch.from_numpy(self._live.get(stream, chunk))
+
+    def advance(self, streams: dict[str, str]) -> None:
+        """Drop all streams but some, and give those new names: ``{new: old}``."""
+        self._live.rename(streams, keep={f"feed {name}" for name in self._names})
+
+    def order(self, steps: int, seed: int) -> list[int]:
+        """Chunks to train on, one for each step, each as often as it has rows."""
+        chunks = self.training
+        weights = torch.tensor([self.rows[chunk] for chunk in chunks], dtype=torch.float64)
+        picked = torch.multinomial(weights, steps, replacement=True, generator=torch.Generator().manual_seed(seed))
+        return [chunks[index] for index in picked.tolist()]
+
+    def _add(self, alike: list[Feeds]) -> None:
+        self._names = list(alike[0])
+        stacked = alike[0] if len(alike) == 1 else {name: np.concatenate([feed[name] for feed in alike]) for name in alike[0]}
+        self._live.put_all({f"feed {name}": np.ascontiguousarray(array) for name, array in stacked.items()}, len(self.rows))
+        self.rows.append(_rows(stacked))
+        alike.clear()
+
+
+def _rows(feed: Feeds) -> int:
+    """Rows that a linear sees: one for each integer, or each vector of floats."""
+    return max((array.size if array.dtype.kind in "iub" else array[..., 0].size for array in feed.values()), default=1) or 1
