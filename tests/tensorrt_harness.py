@@ -131,8 +131,8 @@ class Device:
         import torch
 
         self.torch = torch
-        self._stream = torch.cuda.Stream()
-        self.stream = self._stream.cuda_stream
+        self.torch_stream = torch.cuda.Stream()
+        self.stream: int = self.torch_stream.cuda_stream
 
     def put(self, array: Array) -> tuple[object, int]:
         place = self.torch.from_numpy(array.reshape(-1).view(np.uint8).copy()).cuda()
@@ -140,20 +140,22 @@ class Device:
         return place, place.data_ptr()
 
     def get(self, kept: Any, like: Array) -> Array:
-        self._stream.synchronize()
+        self.torch_stream.synchronize()
         return kept.cpu().numpy().view(like.dtype).reshape(like.shape)
 
 
 @dataclass
-class _Call:
+class Call:
     """Operands in memory, outputs full of rubbish and a workspace, for one enqueue."""
 
     memory: Host | Device
     outputs: list[Array]
+    inputs: list[Operand] = field(default_factory=list)
     kept: list[object] = field(default_factory=list)
     addresses: list[int] = field(default_factory=list)
 
     def fill(self, inputs: Sequence[Operand], workspace: int) -> None:
+        self.inputs = list(inputs)
         rubbish = [np.full(output.nbytes, 0x5A, np.uint8) for output in self.outputs]
         for array in (*(operand.array for operand in inputs), *rubbish):
             self._add(array)
@@ -161,10 +163,9 @@ class _Call:
             self._add(np.full(workspace, 0x5A, np.uint8))
         else:
             self.addresses.append(0)
-        self._first_output = len(inputs)
 
     def results(self) -> list[Array]:
-        kept = self.kept[self._first_output :]
+        kept = self.kept[len(self.inputs) :]
         return [self.memory.get(place, like) for place, like in zip(kept, self.outputs, strict=False)]
 
     def _add(self, array: Array) -> None:
@@ -221,14 +222,14 @@ class Harness:
             shapes = (least.shape, best.shape, most.shape)
             open_shape = [sizes[0] if len(set(sizes)) == 1 else -1 for sizes in zip(*shapes, strict=True)]
             tensors[index] = _Tensor(best.name.encode(), best.type, _dims(open_shape), (_Dims * 3)(*map(_dims, shapes)))
-        call: _Call | None = None
+        call: Call | None = None
         problems: list[BaseException] = []
 
         def timed(tactic: int, workspace: int, data: Any) -> None:
             nonlocal call
             try:
                 if data:
-                    call = _Call(self.memory, list(outputs or ()))
+                    call = Call(self.memory, list(outputs or ()))
                     call.fill(profile[1], workspace)
                     for index, address in enumerate(call.addresses):
                         data[index] = address
@@ -295,8 +296,28 @@ class Context:
         self._engine = engine
         self._handle = handle
 
+    def prepare(self, inputs: Sequence[Operand], outputs: Sequence[Array], *, workspace: int | None = None) -> Call:
+        """Put operands into memory, and make room for outputs and for a workspace; its bytes are by default those of the build."""
+        call = Call(self._engine.harness.memory, list(outputs))
+        call.fill(inputs, self._engine.workspace if workspace is None else workspace)
+        return call
+
+    def enqueue(self, call: Call) -> None:
+        """Set shapes and enqueue, on the memory's stream.
+
+        Raises:
+            Refused: ``onShapeChange`` or ``enqueue`` did not return 0.
+        """
+        harness = self._engine.harness
+        every = [*call.inputs, *(Operand.of("", output) for output in call.outputs)]
+        tensors = (_Tensor * len(every))(*(_Tensor(b"", operand.type, _dims(operand.shape)) for operand in every))
+        data = (ctypes.c_void_p * len(call.addresses))(*call.addresses)
+        code = harness.c.harness_run(self._handle, tensors, data, ctypes.c_void_p(harness.memory.stream))
+        if code:
+            raise Refused(f"{('onShapeChange', 'enqueue')[code - 1]} failed\n{harness.messages()}")
+
     def run(self, inputs: Sequence[Operand], outputs: Sequence[Array], *, workspace: int | None = None) -> list[Array]:
-        """Set shapes and enqueue.
+        """Prepare, enqueue, and get the outputs.
 
         Args:
             inputs: The operands.
@@ -304,17 +325,10 @@ class Context:
             workspace: Bytes given; None is what the engine was built with.
 
         Raises:
-            Refused: ``onShapeChange`` or ``enqueue`` did not return 0.
+            Refused: As ``enqueue``.
         """
-        harness = self._engine.harness
-        call = _Call(harness.memory, list(outputs))
-        call.fill(inputs, self._engine.workspace if workspace is None else workspace)
-        every = [*inputs, *(Operand.of("", output) for output in outputs)]
-        tensors = (_Tensor * len(every))(*(_Tensor(b"", operand.type, _dims(operand.shape)) for operand in every))
-        data = (ctypes.c_void_p * len(call.addresses))(*call.addresses)
-        code = harness.c.harness_run(self._handle, tensors, data, ctypes.c_void_p(harness.memory.stream))
-        if code:
-            raise Refused(f"{('onShapeChange', 'enqueue')[code - 1]} failed\n{harness.messages()}")
+        call = self.prepare(inputs, outputs, workspace=workspace)
+        self.enqueue(call)
         return call.results()
 
     def __del__(self) -> None:

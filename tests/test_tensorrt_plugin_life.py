@@ -568,3 +568,24 @@ def test_every_tactic_of_the_gemm_on_a_gpu(gpu: Harness, problem: Gemm) -> None:
     for leads in (LEADS, ((1,), (1,), (2048,)), ((1,), (700,), (2048,))):
         _, timed = walk(gpu, problem, leads)
         assert len(timed) > 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("problem", [Quantizer(), Quantizer("SiluMulFlatQuantize", k=90, factors=(9, 10)), ON_A_GPU[-1]], ids=str)
+def test_in_a_cuda_graph(gpu: Harness, problem: Problem) -> None:
+    """Captured once, with the copy of rows that are on no border of 16 bytes, and replayed: nothing is left on the host's side."""
+    import torch
+
+    assert isinstance(gpu.memory, Device)
+    context = gpu.build(problem.op, problem.fields, [problem.inputs(*lead) for lead in LEADS]).context()
+    inputs = problem.inputs(2, 100)
+    expected = problem.expected(inputs)
+    context.run(inputs, expected)  # what is loaded on first use may not be loaded in a capture
+    call = context.prepare(inputs, expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=gpu.memory.torch_stream):
+        context.enqueue(call)
+    assert all((output.view(np.uint8) == 0x5A).all() for output in call.results())
+    graph.replay()
+    torch.cuda.synchronize()
+    problem.compare(call.results(), expected)
