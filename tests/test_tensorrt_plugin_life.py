@@ -458,6 +458,26 @@ def test_fields_are_checked_one_by_one(harness: Harness, case: BadField) -> None
     assert str(caught.value).splitlines()[1:] == [f"fqonnx: {case.op} (layer): {case.message}"]
 
 
+MALFORMED = [
+    "field bits is there twice",
+    "field 0 has no name",
+    "field bits has 1 values at null",
+    "field bits has -1 values, not 0 to 1024",
+    "field packed is of type 99, not INT32",
+    "the collection of fields has 1 at null",
+    "the collection of fields has -1 at null",
+    "the collection of fields is null",
+    "phase is 2, not 0 (build) or 1 (runtime)",
+]
+
+
+def test_malformed_collections_make_no_plugin(harness: Harness) -> None:
+    for which, message in enumerate(MALFORMED):
+        assert harness.c.harness_create_malformed(harness.library, which) == 0, harness.messages()
+        assert harness.messages() in (f"fqonnx: FlatQuantize (layer): {message}", f"fqonnx: FlatQuantize: {message}")
+    assert harness.c.harness_create_malformed(harness.library, 99) == len(MALFORMED)
+
+
 @pytest.mark.parametrize("fields", [{}, {"bits": np.int64(4), "packed": np.int64(0)}], ids=["left out", "int64"])
 def test_fields_that_may_be_otherwise(harness: Harness, fields: dict[str, Any]) -> None:
     problem = Quantizer()

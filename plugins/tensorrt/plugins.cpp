@@ -1,9 +1,12 @@
 // The fqonnx ops as plugins of TensorRT: IPluginV3 with its three capabilities, a creator each, and the entry points by which TensorRT's
 // registry finds them. No exception leaves this file: what fails is logged in one line and told by the value returned.
-#include <array>
+#include <cstdio>
 #include <cstring>
 #include <exception>
+#include <memory>
 #include <string>
+#include <utility>
+#include <variant>
 #include <vector>
 
 #include "logger.h"
@@ -151,7 +154,7 @@ class Plugin final : public nvinfer1::IPluginV3,
   int32_t getOutputDataTypes(DataType* outputs, int32_t output_count, const DataType* inputs, int32_t input_count) const noexcept override {
     return guarded(title_, 1, [&] {
       check_counts(input_count, output_count);
-      element_type_of_first(inputs[0]);
+      if (op_->inputs()[0].kind == TensorKind::kActivation) element_type(inputs[0]);  // throws
       for (size_t i = 0; i < op_->inputs().size(); ++i) {
         if (inputs[i] == type_of(op_->inputs()[i].kind, inputs[0])) continue;
         throw Failure(std::string("input ") + op_->inputs()[i].name + " is of type " + name_of(inputs[i]) + ", not " +
@@ -280,10 +283,6 @@ class Plugin final : public nvinfer1::IPluginV3,
  private:
   static bool is_activation(DataType type) { return type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kBF16; }
 
-  void element_type_of_first(DataType type) const {
-    if (op_->inputs()[0].kind == TensorKind::kActivation) element_type(type);
-  }
-
   DataType type_of(TensorKind kind, DataType first) const {
     switch (kind) {
       case TensorKind::kActivation:
@@ -363,12 +362,12 @@ class Creator final : public nvinfer1::IPluginCreatorV3One {
 }  // namespace
 }  // namespace fq::trt
 
-// The creators, which live as long as the library is loaded.
+// The creators are never freed: TensorRT's registry may look at them while the process ends.
 extern "C" FQ_API nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
   using namespace fq::trt;
-  static Creator flat(kFlatQuantize), silu_mul(kSiluMulFlatQuantize), rms_norm(kRmsNormFlatQuantize), add_rms_norm(kAddRmsNormFlatQuantize),
-      gemm(kW4A4Gemm);
-  static nvinfer1::IPluginCreatorInterface* const all[] = {&flat, &silu_mul, &rms_norm, &add_rms_norm, &gemm};
+  static nvinfer1::IPluginCreatorInterface* const all[] = {new Creator(kFlatQuantize), new Creator(kSiluMulFlatQuantize),
+                                                           new Creator(kRmsNormFlatQuantize), new Creator(kAddRmsNormFlatQuantize),
+                                                           new Creator(kW4A4Gemm)};
   count = static_cast<int32_t>(sizeof(all) / sizeof(all[0]));
   return all;
 }

@@ -445,6 +445,34 @@ HARNESS HarnessEngine* harness_build(void* library, const char* op, const Harnes
   return nullptr;
 }
 
+// Collections of fields that nobody should hand over, and a phase that there is not; how many there are, where `which` is none of them.
+HARNESS int32_t harness_create_malformed(void* library, int32_t which) try {
+  const int32_t four = 4;
+  const PluginField bits("bits", &four, PluginFieldType::kINT32, 1);
+  const PluginField fields[][2] = {{bits, bits},
+                                   {PluginField(nullptr, &four, PluginFieldType::kINT32, 1), bits},
+                                   {PluginField("bits", nullptr, PluginFieldType::kINT32, 1), bits},
+                                   {PluginField("bits", &four, PluginFieldType::kINT32, -1), bits},
+                                   {PluginField("packed", &four, static_cast<PluginFieldType>(99), 1), bits}};
+  constexpr int32_t kLists = sizeof(fields) / sizeof(fields[0]);
+  PluginFieldCollection collection;
+  if (which < kLists) {
+    collection.nbFields = 2;
+    collection.fields = fields[which];
+  }
+  if (which == kLists) collection.nbFields = 1;
+  if (which == kLists + 1) collection.nbFields = -1;
+  if (which > kLists + 3) return kLists + 4;
+  const auto phase = which == kLists + 3 ? static_cast<TensorRTPhase>(2) : TensorRTPhase::kBUILD;
+  const std::unique_ptr<IPluginV3> made(
+      creator_named(library, "FlatQuantize")->createPlugin("layer", which == kLists + 2 ? nullptr : &collection, phase));
+  require(made == nullptr, "a plugin was made");
+  return 0;
+} catch (const std::exception& error) {
+  messages = error.what();
+  return -1;
+}
+
 HARNESS const char* harness_trace(const HarnessEngine* engine) { return engine->trace.c_str(); }
 HARNESS int64_t harness_workspace(const HarnessEngine* engine) { return engine->workspace; }
 HARNESS void harness_free_engine(HarnessEngine* engine) { delete engine; }
