@@ -52,6 +52,8 @@ def sensitivity(
         raise UsageError("--scheme and --group-scheme say what a build does: name the schemes to try with --mix")
     if out is None and (choices["keep_work"] or choices["resume"] or choices["force"]):
         raise UsageError("--keep-work, --resume and --force are about a folder: give one with -o")
+    if choices["reconstruct"] is not None or choices["kv"] is not None:
+        raise UsageError("sensitivities are of groups that are solved alone, beside a float cache: leave out --reconstruct and --kv")
     recipe = options.read_recipe(recipe_file, choices)
 
     from fqonnx.sensitivity import MIX

@@ -9,6 +9,7 @@ import math
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,26 +172,23 @@ def build(
                 float_model = float_model.with_transformed_cache(data, recipe, workspace.work, device, progress)
         if mix is not None and mix.known is not None:
             sensitivity.adopt_work(mix.known, workspace.work)
-        blockwise = recipe.reconstruct == "block"
         stats = None
-        if mix is not None or not blockwise:
+        if mix is not None or recipe.reconstruct == "group":
             with clock("observe"):
                 stats = observe_groups(float_model, data, recipe, workspace.work, progress, tokens=mix is not None)
         sensitivities, allocation = None, None
         if mix is not None:
+            solve_all = partial(_solve, data=data, stats=stats, workdir=workspace.work, device=device, progress=progress)
             sensitivities, allocation = sensitivity.choose_for_build(
-                float_model, data, recipe, mix, stats, workspace.work, max_error=max_error, device=device, progress=progress, clock=clock
-            )
+                float_model, data, recipe, mix, stats, workspace.work, solve_all,
+                max_error=max_error, device=device, progress=progress, clock=clock,
+            )  # fmt: skip
             recipe = replace(recipe, schemes=tuple(allocation.schemes.items()))
             float_model = float_model.under(recipe)
             _require_kernels(float_model.found.groups, recipe, kernels)
         groups = float_model.found.groups
         with clock("solve"):
-            inputs = float_model.solved_from(data)
-            if blockwise:
-                solution = _reconstruct(float_model, data, recipe, workspace.work, inputs, device, progress)
-            else:
-                solution = solve(groups, stats, recipe, workdir=workspace.work, fingerprint=inputs, device=device, progress=progress)
+            solution = _solve(float_model, recipe, data=data, stats=stats, workdir=workspace.work, device=device, progress=progress)
         with clock("rewrite"):
             bindings = _write_model(float_model, solution, recipe, lowering, workspace.files / artifact.MODEL)
             write_record(workspace.files / artifact.CALIBRATION, [group.name for group in groups], solution, recipe)
@@ -538,6 +536,16 @@ def observe_groups(
         mask=padding_mask(float_model.model),
         progress=progress,
     )
+
+
+def _solve(
+    float_model: FloatModel, recipe: Recipe, *, data: Data, stats: StatsStore | None, workdir: Path, device: str, progress: Progress
+) -> SolutionStore:
+    """Every group's solution, of those that are there already the same."""
+    inputs = float_model.solved_from(data)
+    if recipe.reconstruct == "block":
+        return _reconstruct(float_model, data, recipe, workdir, inputs, device, progress)
+    return solve(float_model.found.groups, stats, recipe, workdir=workdir, fingerprint=inputs, device=device, progress=progress)
 
 
 def _reconstruct(

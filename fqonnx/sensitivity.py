@@ -125,7 +125,7 @@ def sensitivity(
     Args:
         model: The float ``.onnx`` file.
         out: Folder for ``sensitivity.json`` and ``report.html``, which ``build`` takes as ``Mix.known``; None keeps nothing.
-        recipe: How groups are solved; its own scheme does not matter.
+        recipe: How groups are solved, each alone; its schemes and its KV cache do not matter.
         schemes: The schemes to try, keys of ``GROUP_SCHEMES``.
         calib_data: As for ``build``.
         random_calibration: As for ``build``.
@@ -152,7 +152,7 @@ def sensitivity(
     from fqonnx.build import Clock, Data, FloatModel, observe_groups, open_data, require_device
     from fqonnx.report.mixed_html import save_page
 
-    recipe, progress = replace(recipe or Recipe(), schemes=()), progress or Silent()
+    recipe, progress = replace(recipe or Recipe(), schemes=(), kv="none", reconstruct="group"), progress or Silent()
     check_schemes(schemes)
     require_device(device)
     clock = Clock()
@@ -293,6 +293,7 @@ def choose_for_build(
     mix: Mix,
     stats: StatsStore | None,
     workdir: Path,
+    solve_all: Callable[[FloatModel, Recipe], SolutionStore],
     *,
     max_error: float | None,
     device: str,
@@ -301,12 +302,15 @@ def choose_for_build(
 ) -> tuple[SensitivityReport, AllocationReport]:
     """The schemes of a build's groups. What is measured is each choice as it will be built, on calibration's samples.
 
+    ``solve_all`` gives the solutions of the groups that a recipe quantizes.
+
     Raises:
         UsageError: Nothing is within the bound, or ``mix.known`` is of another model or recipe.
     """
     if mix.known is None:
+        alone = replace(recipe, reconstruct="group")
         report = analyse(
-            float_model, data, recipe, mix.schemes, stats, workdir, samples=mix.samples, estimate=False, device=device, progress=progress,
+            float_model, data, alone, mix.schemes, stats, workdir, samples=mix.samples, estimate=False, device=device, progress=progress,
             clock=clock,
         )  # fmt: skip
     else:
@@ -315,11 +319,8 @@ def choose_for_build(
 
         def measure(chosen: Mapping[str, str]) -> OutputError:
             mixed = replace(recipe, schemes=tuple(chosen.items()))
-            groups = [group for group in float_model.found.groups if chosen[group.name] != FLOAT.name]
             with clock("solve"):
-                solution = solve(
-                    groups, stats, mixed, workdir=workdir, fingerprint=float_model.solved_from(data), device=device, progress=progress
-                )
+                solution = solve_all(float_model.under(mixed), mixed)
             with clock("sensitivity"):
                 return probe.quantized(solution, mixed)
 
@@ -401,7 +402,7 @@ def load_sensitivity(folder: Path, fingerprint: str, recipe: Recipe, schemes: Se
     Args:
         folder: The folder.
         fingerprint: Of the model.
-        recipe: Must agree in all but its schemes.
+        recipe: Must agree in what groups there are, and in transform, weights and group size.
         schemes: The columns to keep.
 
     Raises:
@@ -419,8 +420,8 @@ def load_sensitivity(folder: Path, fingerprint: str, recipe: Recipe, schemes: Se
     if report.fingerprint != fingerprint:
         raise UsageError(f"{folder} is of another model ({report.model}): measure this one with `fqonnx sensitivity`")
     wanted = recipe.to_dict()
-    for key, value in report.recipe.items():
-        if key not in ("scheme", "schemes") and wanted.get(key) != value:
+    for key in ("transform", "weights", "group_size", "keep", "quantize_head"):
+        if wanted[key] != (value := report.recipe.get(key)):
             raise UsageError(
                 f"{folder} was measured with {key} {value!r}, this build has {wanted.get(key)!r}: measure it again, or build with that"
             )
