@@ -89,9 +89,12 @@ def _recipe_words(report: Report) -> str:
         return f"compared with {report.candidate}"
     group_size = recipe.get("group_size")
     scales = f"scales per {group_size} weights" if group_size else "scales per channel"
-    return " · ".join(
-        [str(recipe.get("scheme", "")).upper(), f"transform {recipe.get('transform')}", f"weights {recipe.get('weights')}", scales]
-    )
+    scheme = str(recipe.get("scheme", "")).upper()
+    if report.allocation is not None:
+        scheme = f"mixed schemes, {report.allocation.average_bits:.2f} bits on average"
+    elif recipe.get("schemes"):
+        scheme += ", some groups otherwise"
+    return " · ".join([scheme, f"transform {recipe.get('transform')}", f"weights {recipe.get('weights')}", scales])
 
 
 def _problems(report: Report) -> str:

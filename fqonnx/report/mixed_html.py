@@ -145,11 +145,11 @@ def curve_section(report: SensitivityReport, allocation: AllocationReport | None
         return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * min(1.0, share)
 
     parts = [_grid(axis, y, report.measure), _bits_axis(report.curve, x, low, high)]
-    line = " ".join(f"{x(p.average_bits):.1f},{y(p.predicted):.1f}" for p in best)
+    line = " ".join(f"{x(p.average_bits):.1f},{y(p.predicted):.1f}" for p in best if p.predicted > 0)
     parts.append(f"<polyline class='after' points='{line}'/>")
     for point in report.curve:
-        if point.measured is None or not math.isfinite(point.measured):
-            continue
+        if point.measured is None or not math.isfinite(point.measured) or point.measured <= 0:
+            continue  # what has no place on a logarithmic axis
         kind, radius = ("uniform", 5) if point.label else ("measured", 4)
         title = _point_words(point, report.measure)
         at = f"cx='{x(point.average_bits):.1f}' cy='{y(point.measured):.1f}'"
