@@ -10,6 +10,8 @@ running it: an error in a key changes the scores of queries ``q`` by ``q · e``,
   ``C = Σ xᵀ x``. Of all linear transforms it minimises ``|x P|² · tr(P⁻¹ S P⁻ᵀ)``, the error of a quantizer whose step goes with the
   vector's norm. Training by the straight-through estimator goes on from there (FlatQuant, arXiv 2410.09426, section 3.1, learns one ``P``
   for all heads by the block's error).
+
+Keys are transformed less their mean, where nothing but a softmax follows the scores: what a mean adds to them is the same for all keys.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +30,11 @@ from fqonnx.calib import stores
 from fqonnx.calib.observe import model_fingerprint
 from fqonnx.calib.stream import StreamedModel
 from fqonnx.errors import CalibrationError
-from fqonnx.passes.kv_cache import output_importance
+from fqonnx.passes.kv_cache import CacheTransform, output_importance
 from fqonnx.progress import Silent
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     import onnx_ir as ir
@@ -87,12 +90,12 @@ class CacheSolution:
     """How the caches of a model are transformed before they are rounded.
 
     Attributes:
-        transforms: By cache name fp32 ``[heads or 1, size, size]``, or None for none.
+        transforms: By cache name, or None for none.
         metrics: By cache name ``transform`` (the candidate's name) and ``error``: the share of the squared norm, as attention sees it, that
             rounding costs on held-out tokens; with more than one candidate also ``error_<candidate>``. Empty where nothing was measured.
     """
 
-    transforms: dict[str, Array | None]
+    transforms: dict[str, CacheTransform | None]
     metrics: dict[str, dict[str, Any]]
 
     @property
@@ -103,7 +106,8 @@ class CacheSolution:
 
     def save(self, path: Path, key: str = "") -> None:
         """Write it as a safetensors file."""
-        arrays = {name: matrix for name, matrix in self.transforms.items() if matrix is not None}
+        arrays = {f"{name}.matrix": found.matrix for name, found in self.transforms.items() if found is not None}
+        arrays |= {f"{name}.mean": found.mean for name, found in self.transforms.items() if found is not None and found.mean is not None}
         stores.write(path, arrays, {"key": key, "metrics": self.metrics, "caches": list(self.transforms)})
 
     @classmethod
@@ -117,7 +121,9 @@ class CacheSolution:
         if "caches" not in metadata:
             raise CalibrationError(f"{path} holds no transforms of a cache: run the build again")
         arrays = stores.read(path)
-        return cls({name: arrays.get(name) for name in metadata["caches"]}, metadata["metrics"])
+        matrices = {name: arrays.get(f"{name}.matrix") for name in metadata["caches"]}
+        transforms = {name: None if m is None else CacheTransform(m, arrays.get(f"{name}.mean")) for name, m in matrices.items()}
+        return cls(transforms, metadata["metrics"])
 
 
 def fit(
@@ -160,7 +166,8 @@ def fit(
         return CacheSolution(dict.fromkeys(cache.name for cache in caches), {})
     rotation = _rotation(caches[0].size, seed)
     if method == "hadamard":
-        return CacheSolution({cache.name: rotation for cache in caches}, {cache.name: {"transform": "hadamard"} for cache in caches})
+        chosen: dict[str, CacheTransform | None] = {cache.name: CacheTransform(rotation) for cache in caches}
+        return CacheSolution(chosen, {name: {"transform": "hadamard"} for name in chosen})
     training = Training() if steps is None else Training(steps=steps)
     settings = [
         model_fingerprint(model),
@@ -179,13 +186,26 @@ def fit(
     progress = progress or Silent()
     statistics = _observe(model, layers, source, workdir, seed, mask, progress)
     solution = CacheSolution({}, {})
-    with progress.task("Solving the KV cache", len(caches)) as task:
+    with progress.task("Solving the KV cache", len(caches)) as task, _one_thread():
         for number, cache in enumerate(caches):
-            matrix, metrics = _solve(statistics[cache.name], rotation, form, training, seed + number, device)
-            solution.transforms[cache.name], solution.metrics[cache.name] = matrix, metrics
+            solved = _solve(statistics[cache.name], rotation, training, seed + number, device)
+            solution.transforms[cache.name], solution.metrics[cache.name] = solved
             task.advance()
     solution.save(path, key)
     return solution
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Small matrices do not gain by more, and the result does not depend on how many there are."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _rotation(size: int, seed: int) -> Array:
@@ -201,14 +221,16 @@ def _rotation(size: int, seed: int) -> Array:
 
 
 class _Statistics:
-    """Sampled tokens of one cache, ``[T, heads, size]`` in the order of the feeds, and ``S`` ``[heads or 1, size, size]``."""
+    """Of one cache sampled tokens, in the order of the feeds, ``S`` ``[heads or 1, size, size]``, and whether a mean does not matter."""
 
-    def __init__(self, cache: Cache, importance: Array | None) -> None:
+    def __init__(self, cache: Cache, importance: Array | None, *, centred: bool) -> None:
+        self.centred = centred
         self.name, self.heads, self.size = cache.name, cache.heads, cache.size
         self.importance: npt.NDArray[np.float64] | None = None if importance is None else importance.astype(np.float64)
         self.parts: dict[int, Array] = {}
 
     def tokens(self) -> Array:
+        """``[T, heads, size]``."""
         parts = [self.parts[sample] for sample in sorted(self.parts)]
         return np.concatenate(parts) if parts else np.zeros((0, self.heads, self.size), np.float32)
 
@@ -221,8 +243,8 @@ def _observe(
     by_tap: dict[str, list[tuple[str, CacheLayer]]] = {}
     for layer in layers:
         importance = output_importance(layer)
-        statistics[layer.key.name] = _Statistics(layer.key, None)
-        statistics[layer.value.name] = _Statistics(layer.value, importance)
+        statistics[layer.key.name] = _Statistics(layer.key, None, centred=layer.shift_invariant)
+        statistics[layer.value.name] = _Statistics(layer.value, importance, centred=False)
         for what, value in (("key", layer.key.new), ("value", layer.value.new), ("queries", layer.queries)):
             by_tap.setdefault(value.name or "", []).append((what, layer))
 
@@ -278,8 +300,8 @@ def _moment(queries: npt.NDArray[Any], kept: npt.NDArray[np.bool_], cache: Cache
 
 
 def _solve(
-    statistics: _Statistics, rotation: Array, form: Format, training: Training, seed: int, device: str
-) -> tuple[Array | None, dict[str, Any]]:
+    statistics: _Statistics, rotation: Array, training: Training, seed: int, device: str
+) -> tuple[CacheTransform | None, dict[str, Any]]:
     import torch
 
     tokens = torch.from_numpy(statistics.tokens()).to(device).transpose(0, 1).contiguous()  # [heads, T, size]
@@ -293,17 +315,20 @@ def _solve(
     weight = weight / weight.diagonal(dim1=1, dim2=2).mean().clamp_min(1e-30)
     cut = max(1, round(tokens.shape[1] * (1 - HELD_OUT)))
     seen, unseen = tokens[:, :cut], tokens[:, cut:] if cut < tokens.shape[1] else tokens
+    mean = seen.mean(1, keepdim=True) if statistics.centred else torch.zeros_like(seen[:, :1])
     identity, fixed = torch.eye(size, device=device)[None], torch.from_numpy(rotation).to(device)
-    candidates = {"none": identity, "hadamard": fixed, "learned": _learned(seen, weight, fixed, form, training, seed)}
-    errors = {name: _error(unseen, weight.float(), matrix, form) for name, matrix in candidates.items()}
+    matrices = {"none": identity, "hadamard": fixed, "learned": _learned(seen - mean, weight, fixed, training, seed)}
+    power = _power(unseen, weight.float()).clamp_min(1e-30)
+    moved = {"none": unseen}
+    errors = {name: float(_error(moved.get(name, unseen - mean), weight.float(), matrix) / power) for name, matrix in matrices.items()}
     best = min(errors, key=errors.__getitem__)
     metrics = {"transform": best, "error": errors[best], **{f"error_{name}": error for name, error in errors.items()}}
-    return (None if best == "none" else candidates[best].cpu().numpy()), metrics
+    if best == "none":
+        return None, metrics
+    return CacheTransform(matrices[best].cpu().numpy(), mean[:, 0].cpu().numpy() if statistics.centred else None), metrics
 
 
-def _learned(
-    tokens: torch.Tensor, weight: torch.Tensor, rotation: torch.Tensor, form: Format, training: Training, seed: int
-) -> torch.Tensor:
+def _learned(tokens: torch.Tensor, weight: torch.Tensor, rotation: torch.Tensor, training: Training, seed: int) -> torch.Tensor:
     """``[heads, size, size]``, or ``[1, size, size]`` where the heads share one importance and so one transform."""
     import torch
 
@@ -328,7 +353,7 @@ def _learned(
     power = _power(tokens, metric).clamp_min(1e-30)
     for _ in range(training.steps):
         rows = torch.randint(tokens.shape[1], (min(training.batch, tokens.shape[1]),), generator=generator)
-        loss = _power(_rounding(tokens[:, rows.to(tokens.device)], *matrices(), form), metric) / power
+        loss = _power(_rounding(tokens[:, rows.to(tokens.device)], *matrices()), metric) / power
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
         optimizer.step()
@@ -375,25 +400,22 @@ def _power(x: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
     return ((x @ metric) * x).sum(-1).mean()
 
 
-def _rounding(x: torch.Tensor, forward: torch.Tensor, backward: torch.Tensor, form: Format) -> torch.Tensor:
-    """What rounding adds to ``x`` ``[heads, T, size]``; differentiable by the straight-through estimator."""
+def _rounding(x: torch.Tensor, forward: torch.Tensor, backward: torch.Tensor) -> torch.Tensor:
+    """What storing ``x`` ``[heads, T, size]`` as int4 adds to it; differentiable by the straight-through estimator."""
     import torch
 
     y = x @ forward
     low, high = y.amin(-1, keepdim=True).clamp_max(0), y.amax(-1, keepdim=True).clamp_min(0)
-    scale = ((high - low) / form.highest).clamp_min(torch.finfo(y.dtype).tiny)
-    zero = (-low / scale).round().detach()
-    ratio = y / scale
-    ratio = ratio + (ratio.round() - ratio).detach()
-    rounded = ((ratio + zero).clamp(0, form.highest) - zero) * scale
-    return (rounded - y) @ backward
+    scale = ((high - low) / 256).clamp_min(torch.finfo(y.dtype).tiny)
+    zero = ((-low / scale).round() - 8).clamp(0, 255).detach()
+    cells = (y / scale + zero) / 16
+    cells = cells + (cells.round() - cells).detach()
+    return ((16 * cells.clamp(0, 15) - zero) * scale - y) @ backward
 
 
-def _error(tokens: torch.Tensor, metric: torch.Tensor, matrix: torch.Tensor, form: Format) -> float:
-    """The share of the squared norm that rounding costs, as attention sees it."""
+def _error(tokens: torch.Tensor, metric: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """What storing tokens costs, squared, as attention sees it."""
     import torch
 
     with torch.no_grad():
-        undo = torch.linalg.inv(matrix.double()).float()
-        lost = _power(_rounding(tokens, matrix, undo, form), metric)
-        return float(lost / _power(tokens, metric).clamp_min(1e-30))
+        return _power(_rounding(tokens, matrix, torch.linalg.inv(matrix.double()).float()), metric)

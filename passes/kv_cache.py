@@ -4,7 +4,8 @@ Two passes, so that calibration of the linears sees the model in between:
 
 1. ``TransformCache`` multiplies keys after RoPE by ``P_h`` and queries by ``P_h⁻ᵀ``, and values by ``P_v``, undone behind attention
    (FlatQuant, arXiv 2410.09426, section 3.1). ``P_v`` disappears in the weights of ``v_proj`` and ``o_proj`` where these are linears right
-   there, else it is a product of its own. What the model computes, inputs and outputs included, stays the same.
+   there, else it is a product of its own. Keys may also be moved by a constant: it adds the same to all scores of a query, which the
+   softmax does not see. What the model computes, inputs and outputs included, stays the same.
 2. ``QuantizeCache`` gives the cache the type of a ``Format``: an input ``past`` and an output ``present`` of floats become codes of the
    same names, with scales and zero points beside them (``past.scale``, ``past.zero_point``). They hold transformed keys and values.
    Attention reads new tokens, too, as the cache gives them back: how a text is cut into runs makes no difference.
@@ -37,6 +38,7 @@ __all__ = [
     "METADATA",
     "Cache",
     "CacheLayer",
+    "CacheTransform",
     "QuantizeCache",
     "TransformCache",
     "find",
@@ -50,16 +52,42 @@ METADATA = "fqonnx.kv_cache"
 """Key of the model's metadata: how the cache is stored, as JSON ``{"format", "size", "caches": [{"past", "present"}]}``."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class CacheTransform:
+    """``y = (x - mean) · matrix`` of each head's vectors, row by row.
+
+    Attributes:
+        matrix: Invertible, fp32 ``[heads, size, size]``, or ``[1, size, size]`` for all heads.
+        mean: fp32 ``[heads, size]``, for keys alone; None for zero.
+    """
+
+    matrix: Array
+    mean: Array | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class _Pair:
-    """A transform and what undoes it, fp32 ``[heads or 1, size, size]``."""
+    """A transform ``x · forward - offset`` and what undoes it, ``y · inverse + mean``."""
 
     forward: Array
     inverse: Array
+    mean: Array | None = None
 
     @classmethod
-    def of(cls, matrix: Array) -> _Pair:
-        return cls(matrix.astype(np.float32), np.linalg.inv(matrix.astype(np.float64)).astype(np.float32))
+    def of(cls, transform: CacheTransform) -> _Pair:
+        mean = None if transform.mean is None else transform.mean[:, None, :].astype(np.float32)
+        matrix = transform.matrix.astype(np.float32)
+        return cls(matrix, np.linalg.inv(matrix.astype(np.float64)).astype(np.float32), mean)
+
+    def apply(self, insert: Insertion, x: ir.Value, heads: int | None, name: str) -> ir.Value:
+        """Nodes for the transform."""
+        y = _product(insert, x, _for_heads(self.forward, heads), name)
+        return y if self.mean is None else _moved(insert, "Sub", y, self.mean @ self.forward, f"{name}.moved")
+
+    def undo(self, insert: Insertion, y: ir.Value, heads: int | None, name: str) -> ir.Value:
+        """Nodes for what undoes it."""
+        x = _product(insert, y, _for_heads(self.inverse, heads), name)
+        return x if self.mean is None else _moved(insert, "Add", x, self.mean, f"{name}.moved")
 
 
 def _for_heads(matrix: Array, heads: int | None) -> Array:
@@ -76,15 +104,31 @@ class TransformCache(ir.passes.InPlacePass):
 
     Args:
         layers: From ``find`` on the very model that the pass is called with. They stay valid.
-        transforms: By cache name an invertible fp32 ``[heads, size, size]``, which each head's vectors are multiplied by from the right, or
-            ``[1, size, size]`` for all heads, as it must be where ``CacheLayer.query_heads`` is None; what is missing or None is left as it
-            is.
+        transforms: By cache name; what is missing or None is left as it is. One matrix for all heads where ``CacheLayer.query_heads`` is
+            None, a mean only for keys where ``CacheLayer.shift_invariant`` holds.
     """
 
-    def __init__(self, layers: Sequence[CacheLayer], transforms: Mapping[str, Array | None]) -> None:
+    def __init__(self, layers: Sequence[CacheLayer], transforms: Mapping[str, CacheTransform | None]) -> None:
         super().__init__()
         self.layers = tuple(layers)
-        self.transforms = {name: _Pair.of(matrix) for name, matrix in transforms.items() if matrix is not None}
+        self.transforms = {name: _Pair.of(transform) for name, transform in transforms.items() if transform is not None}
+
+    def requires(self, model: ir.Model) -> None:
+        """The transforms are such as the layers bear.
+
+        Raises:
+            onnx_ir.passes.PreconditionError: They are not.
+        """
+        del model
+        for layer in self.layers:
+            for cache in (layer.key, layer.value):
+                pair = self.transforms.get(cache.name)
+                if pair is None:
+                    continue
+                if len(pair.forward) > 1 and layer.query_heads is None:
+                    raise ir.passes.PreconditionError(f"{cache.name!r}: which queries share a head is not known, give one matrix for all")
+                if pair.mean is not None and (cache is layer.value or not layer.shift_invariant):
+                    raise ir.passes.PreconditionError(f"{cache.name!r} cannot be moved by a mean: attention would see it")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Insert them; ``modified`` is whether there were any."""
@@ -103,7 +147,7 @@ def _transform_keys(layer: CacheLayer, pair: _Pair, names: Names) -> None:
     cache = layer.key
     _transform_boundary(cache, pair, names)
     insert = Insertion(cache.concat, names, {CACHE_TAG: cache.name})
-    cache.concat.replace_input_with(1, _product(insert, cache.new, _for_heads(pair.forward, cache.heads), f"{cache.name}.transform"))
+    cache.concat.replace_input_with(1, pair.apply(insert, cache.new, cache.heads, f"{cache.name}.transform"))
     insert = Insertion(cache.product, names, {CACHE_TAG: cache.name})
     undo = _for_heads(pair.inverse.mT, layer.query_heads)
     cache.product.replace_input_with(0, _product(insert, layer.queries, undo, f"{cache.name}.queries"))
@@ -115,7 +159,7 @@ def _transform_values(layer: CacheLayer, pair: _Pair, names: Names) -> None:
     source = _linear_before(cache.new, cache.size)
     if source is None:
         insert = Insertion(cache.concat, names, {CACHE_TAG: cache.name})
-        cache.concat.replace_input_with(1, _product(insert, cache.new, _for_heads(pair.forward, cache.heads), f"{cache.name}.transform"))
+        cache.concat.replace_input_with(1, pair.apply(insert, cache.new, cache.heads, f"{cache.name}.transform"))
     else:
         source.fold_outputs(partial(_columns_times, pair.forward), names, f"{cache.name}.folded")
     attended = cache.product.outputs[0]
@@ -123,7 +167,7 @@ def _transform_values(layer: CacheLayer, pair: _Pair, names: Names) -> None:
     if readers is None:
         after = attended.uses()
         insert = Insertion(_first(cache.product.graph, [node for node, _ in after]), names, {CACHE_TAG: cache.name})
-        restored = _product(insert, attended, _for_heads(pair.inverse, layer.query_heads), f"{cache.name}.attended")
+        restored = pair.undo(insert, attended, layer.query_heads, f"{cache.name}.attended")
         for node, index in after:
             node.replace_input_with(index, restored)
     else:
@@ -135,14 +179,14 @@ def _transform_boundary(cache: Cache, pair: _Pair, names: Names) -> None:
     """The interface stays as it is: what comes in is transformed, what goes out is put back."""
     tags = {CACHE_TAG: cache.name}
     insert = Insertion(cache.concat, names, tags)
-    cache.concat.replace_input_with(0, _product(insert, cache.past, _for_heads(pair.forward, cache.heads), f"{cache.name}.past"))
+    cache.concat.replace_input_with(0, pair.apply(insert, cache.past, cache.heads, f"{cache.name}.past"))
     present = cache.concat.outputs[0]
     graph = insert.graph
     place = list(graph.outputs).index(present)
     name = present.name
     present.name = names.for_value(f"{name}.transformed")
     following = Insertion(_node_after(cache.concat), names, tags)
-    restored = _product(following, present, _for_heads(pair.inverse, cache.heads), f"{cache.name}.present")
+    restored = pair.undo(following, present, cache.heads, f"{cache.name}.present")
     restored.name = name
     graph.outputs[place] = restored
 
@@ -152,6 +196,13 @@ def _product(insert: Insertion, x: ir.Value, matrix: Array, name: str) -> ir.Val
     assert dtype is not None
     constant = insert.constant(f"{name}.matrix", ir.tensor(np.ascontiguousarray(matrix).astype(dtype.numpy()), dtype=dtype))
     return insert.node("MatMul", [x, constant], name=name, dtype=dtype, shape=x.shape)
+
+
+def _moved(insert: Insertion, op: str, x: ir.Value, offset: Array, name: str) -> ir.Value:
+    dtype = x.dtype
+    assert dtype is not None
+    constant = insert.constant(f"{name}.offset", ir.tensor(np.ascontiguousarray(offset).astype(dtype.numpy()), dtype=dtype))
+    return insert.node(op, [x, constant], name=name, dtype=dtype, shape=x.shape)
 
 
 def _node_after(node: ir.Node) -> ir.Node:
@@ -395,31 +446,34 @@ def _quantize(cache: Cache, form: Format, names: Names, graph: ir.Graph) -> str:
         joined[part].name = f"{name}{suffix}"
     graph.inputs[place_in : place_in + 1] = list(pasts.values())
     graph.outputs[place_out : place_out + 1] = list(joined.values())
-    ir.convenience.replace_all_uses_with(present, emitter.dequantize(joined))
-    if output is not present:
-        _remove(output)
+    dequantized = emitter.dequantize(joined)
+    for node, index in present.uses():
+        if node.metadata_props.get(CACHE_TAG) != cache.name:
+            node.replace_input_with(index, dequantized)
+    _remove_back_to(output, present)
     before = concat.inputs[0]
     graph.remove(concat, safe=True)
-    if before is not past and before is not None:
-        _remove(before)
+    _remove_back_to(before, past)
     _shapes_of(past, pasts["codes"], cache.size // form.columns("codes", cache.size), names)
     return name
 
 
 def _restored(present: ir.Value, cache: Cache) -> ir.Value:
     """The graph output that ``TransformCache`` makes of the transformed cache."""
-    return next(
-        node.outputs[0]
-        for node, _ in present.uses()
-        if node.metadata_props.get(CACHE_TAG) == cache.name and node.outputs[0].is_graph_output()
-    )
+    value = next(node.outputs[0] for node, _ in present.uses() if node.metadata_props.get(CACHE_TAG) == cache.name)
+    while not value.is_graph_output():
+        value = next(iter(value.uses())).node.outputs[0]
+    return value
 
 
-def _remove(value: ir.Value) -> None:
-    node = value.producer()
-    assert node is not None
-    assert node.graph is not None
-    node.graph.remove(node, safe=True)
+def _remove_back_to(value: ir.Value | None, start: ir.Value) -> None:
+    """Remove the chain of nodes from ``start`` to ``value``, which nothing reads any more."""
+    while value is not None and value is not start:
+        node = value.producer()
+        assert node is not None
+        assert node.graph is not None
+        value = node.inputs[0]
+        node.graph.remove(node, safe=True)
 
 
 def _shapes_of(past: ir.Value, codes: ir.Value, packed: int, names: Names) -> None:
@@ -438,7 +492,7 @@ def _shapes_of(past: ir.Value, codes: ir.Value, packed: int, names: Names) -> No
                 reader.replace_input_with(index, wide)
 
 
-def with_float_cache(model: ir.Model, transforms: Mapping[str, Array | None]) -> ir.Model:
+def with_float_cache(model: ir.Model, transforms: Mapping[str, CacheTransform | None]) -> ir.Model:
     """A model whose cache is quantized, with the interface of the float model around it.
 
     What comes in is quantized, what goes out is dequantized, and both are in the space of the float model's keys and values.
@@ -462,8 +516,8 @@ def with_float_cache(model: ir.Model, transforms: Mapping[str, Array | None]) ->
     last = ir.node("Constant", [], {"value_int": 0}, name=names.for_node("end"))
     graph.append(last)
     for cache in described["caches"]:
-        matrix = transforms.get(cache["past"])
-        pair = None if matrix is None else _Pair.of(matrix)
+        transform = transforms.get(cache["past"])
+        pair = None if transform is None else _Pair.of(transform)
         tags = {CACHE_TAG: cache["past"]}
         pasts, presents = (_parts(values, cache[side], form) for values, side in ((graph.inputs, "past"), (graph.outputs, "present")))
         dtype, size = pasts["scale"].dtype, described["size"]
@@ -474,12 +528,12 @@ def with_float_cache(model: ir.Model, transforms: Mapping[str, Array | None]) ->
         start, end = Insertion(first, names, tags), Insertion(last, names, tags)
         past = x = ir.Value(name=cache["past"], type=ir.TensorType(dtype), shape=last_dim(pasts["codes"].shape, size))
         if pair is not None:
-            x = _product(start, x, _for_heads(pair.forward, len(pair.forward)), f"{cache['past']}.outer")
+            x = pair.apply(start, x, len(pair.forward), f"{cache['past']}.outer")
         for part, value in Emitter(start, f"{cache['past']}.outer", form, dtype, size).quantize(x).items():
             ir.convenience.replace_all_uses_with(pasts[part], value)
         y = Emitter(end, f"{cache['present']}.outer", form, dtype, size).dequantize(presents)
         if pair is not None:
-            y = _product(end, y, _for_heads(pair.inverse, len(pair.inverse)), f"{cache['present']}.outer")
+            y = pair.undo(end, y, len(pair.inverse), f"{cache['present']}.outer")
         y.name = cache["present"]
         graph.inputs[places[0] : places[0] + len(form.parts)] = [past]
         graph.outputs[places[1] : places[1] + len(form.parts)] = [y]

@@ -85,6 +85,8 @@ class CacheLayer:
 
     key: Cache
     value: Cache
+    shift_invariant: bool
+    """Whether the scores go into a softmax, scaled and masked at most: the same added to all of them changes nothing."""
 
     @property
     def queries(self) -> ir.Value:
@@ -135,7 +137,7 @@ def find(model: ir.Model) -> tuple[CacheLayer, ...]:
             "text-generation-with-past), or leave out --kv"
         )
     values = {cache.product: cache for cache in found["value"]}
-    layers = [CacheLayer(key, values.pop(_next_product(key, values))) for key in found["key"]]
+    layers = [CacheLayer(key, values.pop(_next_product(key, values)), _shift_invariant(key)) for key in found["key"]]
     if values:
         raise ModelError(f"{next(iter(values.values())).name!r} holds values that no keys go with: leave out --kv")
     order = {node: index for index, node in enumerate(model.graph)}
@@ -236,6 +238,31 @@ def _next_product(key: Cache, values: dict[ir.Node, Cache]) -> ir.Node:
             else:
                 todo += node.outputs
     raise _unread(key.name, "no matrix product with values of earlier tokens follows the scores")
+
+
+def _shift_invariant(key: Cache) -> bool:
+    """Whether every way from the scores leads, by scaling with a constant and adding masks, into a softmax over the keys."""
+    todo = list(key.product.outputs)
+    while todo:
+        current = todo.pop()
+        if current.is_graph_output() or not current.uses():
+            return False
+        for node, index in current.uses():
+            op = node.op_type
+            if op == "Softmax":
+                rank = None if current.shape is None else len(current.shape)
+                if node.attributes.get_int("axis", -1) not in (-1, None if rank is None else rank - 1):
+                    return False
+            elif (
+                op in ("Add", "Identity")
+                or (op == "Cast" and is_float(node.outputs[0].dtype))
+                or (op in ("Mul", "Div") and _by_scalar(node, index))
+                or (op == "Where" and index > 0)
+            ):
+                todo += node.outputs
+            else:
+                return False
+    return True
 
 
 def _unread(name: str, why: str) -> ModelError:
