@@ -213,13 +213,16 @@ def log_softmax(logits: Wide) -> Wide:
 
 
 class LogitsDivergence:
-    """What a change of logits does to the distributions: KL divergence and top-1 agreement, over vectors along the last axis.
+    """What a change of logits does to the distributions, over vectors along the last axis.
 
-    ``KL(p‖q) = Σ p (log p - log q)`` in nats with ``p`` the softmax of the reference and ``q`` that of the candidate.
+    With ``p`` the softmax of the reference and ``q`` that of the candidate, in nats: the KL divergence ``KL(p‖q) = Σ p (log p - log q)``,
+    and the Jensen-Shannon divergence ``(KL(p‖m) + KL(q‖m)) / 2`` with ``m = (p + q) / 2``, which is symmetric and at most ``log 2``
+    (Lin, 1991, "Divergence measures based on the Shannon entropy"); the total variation ``Σ |p - q| / 2``; and whether both have their
+    largest element at one place.
     """
 
     def __init__(self) -> None:
-        self._kl = 0.0
+        self._kl = self._js = self._variation = 0.0
         self._agree = 0
         self.count = 0
 
@@ -238,13 +241,17 @@ class LogitsDivergence:
         for rows in _row_chunks(reference):
             r, c = reference[rows].astype(np.float64), candidate[rows].astype(np.float64)
             log_p, log_q = log_softmax(r), log_softmax(c)
-            p = np.exp(log_p)
-            with np.errstate(invalid="ignore"):
+            p, q = np.exp(log_p), np.exp(log_q)
+            with np.errstate(invalid="ignore", divide="ignore"):
                 # 0 log 0 is 0: a class that the reference masks out (-inf) adds nothing.
                 terms = np.where(p > 0, p * (log_p - log_q), 0.0)
+                log_m = np.log((p + q) / 2)
+                shared = np.where(p > 0, p * (log_p - log_m), 0.0) + np.where(q > 0, q * (log_q - log_m), 0.0)
             invalid = np.isnan(log_p).any(axis=1) | np.isnan(log_q).any(axis=1)
             kl = np.where(invalid, np.nan, terms.sum(axis=1))
             self._kl += float(kl.sum())
+            self._js += float(np.where(invalid, np.nan, shared.sum(axis=1)).sum()) / 2
+            self._variation += float(np.where(invalid, np.nan, np.abs(p - q).sum(axis=1)).sum()) / 2
             self._agree += int(((r.argmax(axis=1) == c.argmax(axis=1)) & ~invalid).sum())
             self.count += kl.size
 
@@ -253,6 +260,16 @@ class LogitsDivergence:
         """Mean KL divergence in nats; NaN before the first vector or where a vector has no softmax (NaN, ``+inf``)."""
         # The sum is zero up to rounding for equal inputs, and a KL divergence is never negative.
         return max(0.0, self._kl / self.count) if self.count and not math.isnan(self._kl) else math.nan
+
+    @property
+    def js(self) -> float:
+        """Mean Jensen-Shannon divergence in nats, from 0 to ``log 2``; NaN as ``kl`` is."""
+        return min(math.log(2), max(0.0, self._js / self.count)) if self.count and not math.isnan(self._js) else math.nan
+
+    @property
+    def total_variation(self) -> float:
+        """Mean total variation distance, from 0 to 1; NaN as ``kl`` is."""
+        return self._variation / self.count if self.count else math.nan
 
     @property
     def top1(self) -> float:
@@ -285,6 +302,21 @@ class Perplexity:
             if mask is not None:
                 keep = keep[(mask[b, :-1] != 0) & (mask[b, 1:] != 0)]
             self._add(logits[b], keep, tokens[b, 1:][keep].astype(np.int64))
+
+    def score(self, logits: Tensor, targets: Tensor) -> None:
+        """Add predictions whose targets are known: what a text gives that is fed in chunks, the next chunk's first token included.
+
+        Args:
+            logits: ``[.., V]``, unnormalised.
+            targets: ``[..]`` integers in ``[0, V)``: the token after each.
+
+        Raises:
+            ValueError: The shapes do not fit, or a target is outside the vocabulary.
+        """
+        if logits.shape[:-1] != targets.shape:
+            raise ValueError(f"logits {list(logits.shape)} do not fit targets {list(targets.shape)}: expected [.., V] and [..]")
+        rows = logits.reshape(-1, logits.shape[-1])
+        self._add(rows, np.arange(len(rows)), targets.reshape(-1).astype(np.int64))
 
     def _add(self, logits: Tensor, positions: npt.NDArray[np.int64], targets: npt.NDArray[np.int64]) -> None:
         vocabulary = logits.shape[-1]

@@ -213,6 +213,33 @@ class TestLogitsDivergence:
         assert chunked.kl == pytest.approx(whole.kl)
         assert chunked.top1 == whole.top1
 
+    def test_symmetric_figures_by_hand(self):
+        m = LogitsDivergence()
+        # p = (3/4, 1/4), q = (1/4, 3/4), so their middle is uniform: KL of each to it is 3/4 log(3/2) + 1/4 log(1/2).
+        m.update(np.log([[3.0, 1.0]]), np.log([[1.0, 3.0]]))
+        assert m.js == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+        assert m.total_variation == pytest.approx(0.5)
+        assert m.kl == pytest.approx(0.5 * math.log(3))
+
+    def test_distributions_without_a_common_class(self):
+        m = LogitsDivergence()
+        m.update(np.array([[0.0, -math.inf]]), np.array([[-math.inf, 0.0]]))
+        assert (m.js, m.total_variation, m.kl) == (pytest.approx(math.log(2)), 1.0, math.inf)
+
+    def test_equal_distributions_are_at_no_distance(self):
+        m = LogitsDivergence()
+        logits = np.random.default_rng(5).normal(size=(4, 9))
+        m.update(logits, logits + 7)  # the same for all classes of a row changes nothing
+        assert m.js == pytest.approx(0, abs=1e-15)
+        assert m.total_variation == pytest.approx(0, abs=1e-15)
+
+    def test_a_nan_makes_the_symmetric_figures_nan(self):
+        m = LogitsDivergence()
+        assert math.isnan(m.js)
+        m.update(np.array([[0.0, math.nan]]), np.array([[0.0, 1.0]]))
+        assert math.isnan(m.js)
+        assert math.isnan(m.total_variation)
+
 
 class TestPerplexity:
     def test_hand_computed(self):
@@ -247,6 +274,24 @@ class TestPerplexity:
             m.update(np.zeros((1, 2, 5)), np.array([[0, 5]]))
         with pytest.raises(ValueError, match=r"expected \[B, S, V\]"):
             m.update(np.zeros((1, 2, 5)), np.array([0, 1]))
+
+    def test_chunks_with_their_targets_are_the_whole_text(self):
+        rng = np.random.default_rng(8)
+        logits, tokens = rng.normal(size=(2, 11, 6)), rng.integers(0, 6, (2, 11))
+        whole, chunked = Perplexity(), Perplexity()
+        whole.update(logits, tokens)
+        for start in range(0, 10, 4):
+            part = slice(start, min(start + 4, 10))
+            chunked.score(logits[:, part], tokens[:, part.start + 1 : part.stop + 1])
+        assert chunked.count == whole.count == 20
+        assert chunked.value == pytest.approx(whole.value)
+
+    def test_scores_by_hand(self):
+        m = Perplexity()
+        m.score(np.log([[1.0, 3.0], [2.0, 2.0]]), np.array([1, 0]))
+        assert m.value == pytest.approx((0.75 * 0.5) ** -0.5)
+        with pytest.raises(ValueError, match=r"expected \[\.\., V\] and \[\.\.\]"):
+            m.score(np.zeros((2, 3)), np.zeros(3, int))
 
     def test_not_finite(self):
         m = Perplexity()
