@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from fqonnx.passes.groups import LinearGroup, Linears
     from fqonnx.progress import Progress
     from fqonnx.recipe import Scheme
+    from fqonnx.report import EngineReport
     from fqonnx.sensitivity import Mix
 
 MAX_ERROR = 0.5
@@ -205,7 +206,7 @@ def build(
             )
         entries = [_describe(group, solution(group.name), recipe, bindings[group.name]) for group in groups]
         with clock("verify"):
-            report = _verify(float_model.path, workspace.files / artifact.MODEL, data, max_error, device, progress)
+            report = _verify(float_model.path, workspace.files, built, data, max_error, device, progress)
         report = replace(
             report,
             candidate=workspace.out.name,
@@ -645,9 +646,15 @@ def _encode_left(left: LeftReport) -> dict[str, str]:
     return {"name": left.name, "op_type": left.op_type, "reason": left.reason}
 
 
-def _verify(reference: Path, candidate: Path, data: Data, max_error: float | None, device: str, progress: Progress) -> Report:
+def _verify(
+    reference: Path, files: Path, built: EngineReport | None, data: Data, max_error: float | None, device: str, progress: Progress
+) -> Report:
+    """Compare what was written with the float model: the engine where one was built that runs here, else the model in ONNX Runtime."""
+    from fqonnx.engines.tensorrt_run import runs_here
     from fqonnx.verify import verify
 
+    candidate = files / artifact.MODEL
+    in_engine = built is not None and runs_here(built)
     report = verify(
         reference,
         cache_plan.comparable(candidate),
@@ -655,8 +662,14 @@ def _verify(reference: Path, candidate: Path, data: Data, max_error: float | Non
         max_error=max_error,
         tokens=False if data.random else None,
         device=device,
+        engine=(files / artifact.ENGINE, built) if built is not None and in_engine else False,
         data=data.report,
         progress=progress,
     )
+    notes = list(report.notes)
+    if built is not None:
+        notes.append(
+            "the outputs are the engine's" if in_engine else "the engine was not run here: the outputs are ONNX Runtime's of the same model"
+        )
     # What stands around a quantized cache to compare it is no part of the model.
-    return replace(report, size=measure_size(model_file.load(reference), model_file.load(candidate)))
+    return replace(report, size=measure_size(model_file.load(reference), model_file.load(candidate)), notes=tuple(notes))

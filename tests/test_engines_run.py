@@ -8,6 +8,7 @@ from __future__ import annotations
 import types
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 
@@ -279,3 +280,77 @@ def test_what_does_not_run_says_why(how, x, message):
 def test_gpus_are_named_by_their_target():
     assert (L4.target, H200.target, Gpu("x", (12, 0)).target) == ("sm89", "sm90", "sm120")
     assert tensorrt_library.first_line("IBuilder::buildSerializedNetwork: Error\n Code 10: no  tactic.") == "Error Code 10: no tactic"
+
+
+# --- verification in the engine ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_build_is_verified_in_its_engine_where_that_runs(tmp_path, monkeypatch):
+    """The engine's runner is stood in for by one that answers 1.25 times the model's outputs: an error of 25 % is found."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    from polygraphy.backend.onnxrt import OnnxrtRunner
+
+    from fqonnx.engines.onnxruntime import session
+
+    class Louder(OnnxrtRunner):
+        def infer_impl(self, feed_dict):
+            return {name: 1.25 * array for name, array in super().infer_impl(feed_dict).items()}
+
+    opened = []
+
+    def engine_runner(name, path, built):
+        opened.append((path.name, built.engine))
+        return Louder(session(path.with_name("model.onnx")), name=name)
+
+    model, data = write_mlp(tmp_path / "mlp.onnx"), write_data(tmp_path / "d.npz")
+    choices = {"recipe": Recipe(scheme="w8a8", transform="none", weights="rtn"), "calib_data": str(data), "engine": "tensorrt-rtx"}
+    monkeypatch.setattr(tensorrt_run, "runner", engine_runner)
+    monkeypatch.setattr(tensorrt_run, "this_gpu", lambda: L4)
+    found = build(model, tmp_path / "out", **choices, target="sm89")
+    assert opened == [("engine.plan", "tensorrt-rtx")]
+    assert found.outputs["y"].rel_l2 == pytest.approx(0.25, abs=0.02)
+    assert "the outputs are the engine's" in found.notes
+    by_hand = verify(model, tmp_path / "out", [{"x": np.ones((1, K), np.float32)}], engine=True)
+    assert by_hand.outputs["y"].rel_l2 == pytest.approx(0.25, abs=0.02)
+    assert by_hand.engine.target == ("sm89",)
+    elsewhere = build(model, tmp_path / "out", **choices, target="sm86", force=True)
+    assert len(opened) == 2
+    assert elsewhere.outputs["y"].rel_l2 < 0.05
+    assert "the engine was not run here: the outputs are ONNX Runtime's of the same model" in elsewhere.notes
+
+
+# --- the report -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_shows_what_became_of_the_groups():
+    import io
+
+    from rich.console import Console
+
+    from fqonnx.console import print_report
+    from fqonnx.report import EngineGroup, EngineLayer, Report
+    from fqonnx.report.html import render
+
+    groups = [EngineGroup(name=f"g{i}", weights="Int4", product="Half", how="one <kernel>", layer="l") for i in range(3)]
+    groups.append(EngineGroup(name="g3", weights=None, product=None, how="not found among the engine's layers"))
+    layers = (
+        EngineLayer(name="fc<1>", kind="gemm", inputs=("Half",), constants=("Int4",), outputs=("Half",), nodes=("n",), groups=("g0",)),
+    )
+    built = report(target=("sm86", "sm89"), file_bytes=2_500_000, seconds=3.0, groups=tuple(groups), layers=layers, profiles=({}, {}))
+    shown = Report(model="m", candidate="c", passed=True, engine=built)
+    text = io.StringIO()
+    print_report(shown, Console(file=text, width=120))
+    lines = text.getvalue().splitlines()
+    assert lines[0] == "Engine: tensorrt-rtx 1.7.1.116 for sm86 and sm89, 2.50 MB, 1 layers, 2 profiles, built in 3.00 s"
+    assert [line.split() for line in lines[3:5]] == [
+        ["one", "<kernel>", "3", "Int4", "Half"],
+        ["not", "found", "among", "the", "engine's", "layers", "1", "?", "?"],
+    ]
+    page = render(shown)
+    for part in ("id='engine'", "one &lt;kernel&gt;", "fc&lt;1&gt;", "Half, Int4", "All 1 layers"):
+        assert part in page
+    assert Report.from_dict(shown.to_dict()) == shown
+    assert EngineReport.from_dict(built.to_dict()) == built
+    assert "its layers are not told, built in 3.00 s, taken from the cache" in render(
+        Report(model="m", candidate="c", passed=True, engine=report(seconds=3.0, cached=True))
+    )

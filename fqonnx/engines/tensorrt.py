@@ -458,7 +458,7 @@ def _keep(cached: Path, out_path: Path, report: EngineReport) -> None:
 
 def _write(path: Path, content: bytes | Path) -> None:
     """Write a file, or copy one, so that it appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # another build may write the same to the cache
     try:
         if isinstance(content, Path):
             shutil.copyfile(content, partial)

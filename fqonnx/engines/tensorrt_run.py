@@ -77,6 +77,15 @@ def require_runs_here(built: EngineReport, version: str, gpu: Gpu) -> None:
         raise EngineError(f"this engine is for {' and '.join(built.target)}, and here is {gpu.name} ({gpu.target}): {_REBUILD}")
 
 
+def runs_here(built: EngineReport) -> bool:
+    """Whether this machine has the library and a GPU for the engine."""
+    try:
+        require_runs_here(built, FLAVOURS[built.engine].load().__version__, this_gpu())
+    except EngineError:
+        return False
+    return True
+
+
 def _later(version: str, built: str) -> bool:
     """Whether TensorRT promises that ``version`` runs version-compatible plans of ``built``: the same major or, from 10, the next one."""
     new, old = ([int(part) for part in re.findall(r"\d+", text)[:3]] for text in (version, built))

@@ -27,6 +27,7 @@ from fqonnx.verify.saved import Saved, command_lines
 
 if TYPE_CHECKING:
     from fqonnx.progress import Progress
+    from fqonnx.report.data import EngineReport
 
 __all__ = ["Comparison", "StreamedRunner", "verify"]
 
@@ -41,7 +42,7 @@ def verify(
     max_error: float | None = None,
     tokens: bool | None = None,
     device: str = "cpu",
-    engine: bool = False,
+    engine: bool | tuple[Path, EngineReport] = False,
     save: Path | None = None,
     data: DataReport | None = None,
     progress: Progress | None = None,
@@ -59,8 +60,8 @@ def verify(
         tokens: Whether the integer inputs are text, so that predicting the next token means something; None finds out by the graph and
             by whether the logits of earlier tokens ignore the last one. Random data should say False.
         device: ``cpu`` or ``cuda``.
-        engine: Run the candidate's engine instead of its model; the candidate is a build directory that has one. For ``layers`` one like
-            it is built that gives the groups' outputs.
+        engine: Run the candidate's engine instead of its model: True for that of a build directory, else the file and what it was built
+            as. For ``layers`` one like it is built that gives the groups' outputs.
         save: Folder for every sample's inputs and outputs as Polygraphy reads them; the report then has the equal command lines.
         data: What the report says of the data; where it counts no samples, each feed is one.
         progress: Told of every sample.
@@ -78,6 +79,8 @@ def verify(
     started = time.perf_counter()
     progress = progress or Silent()
     a, b = Side.open(reference), Side.open(candidate)
+    if isinstance(engine, tuple):
+        b, engine = replace(b, engine=engine), True
     require_same_interface(a, b)
     saved = None if save is None else Saved(save)
     known = b.report
@@ -131,6 +134,7 @@ def verify(
         groups=tuple(reports),
         left_in_float=known.left_in_float if known else (),
         size=measure_size(a.model, b.model),
+        engine=known.engine if known is not None and engine else None,
         time=seconds,
         data=data,
         recipe=known.recipe if known else {},
