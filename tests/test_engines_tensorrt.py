@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -570,6 +571,51 @@ def test_the_parser_gets_calls_without_bodies(tmp_path):
         calls = [node.op_type for node in parsed.graph.node if node.domain == "fqonnx"]
         assert calls == ([] if inline else ["FlatQuantize", "W4A4Gemm"] * 2)
         assert not [function for function in parsed.functions if function.domain == "fqonnx"]
+
+
+STAND_IN = """
+import sys, types
+import tensorrt_rtx
+stand_in = types.ModuleType("tensorrt")
+stand_in.__dict__.update({name: value for name, value in vars(tensorrt_rtx).items() if not name.startswith("__")}, __version__="11.4.0")
+sys.modules["tensorrt"] = stand_in
+from pathlib import Path
+from fqonnx.engines import EngineOptions, Profile, engine, tensorrt, tensorrt_library
+gpu = tensorrt_library.Gpu("NVIDIA L4", (8, 9))
+tensorrt.this_gpu, tensorrt.load_plugins, tensorrt.plugin_library = lambda: gpu, lambda trt: None, lambda: Path(sys.argv[1])
+def build(**options):
+    profiles = [{"x": Profile((1, 32), (8, 32), (16, 32))}]
+    return engine("tensorrt").build(Path(sys.argv[1]), Path(sys.argv[2]), profiles=profiles, options=EngineOptions(**options))
+"""
+
+
+def test_tensorrts_own_settings_are_made(tmp_path):
+    """All but plugins, on TensorRT-RTX's library under TensorRT's name: configuration by Polygraphy, timing cache, GPU."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    model, plan, cache = write_mlp(tmp_path / "mlp.onnx"), tmp_path / "engine.plan", tmp_path / "cache"
+    environment = {**os.environ, tensorrt.CACHE_VARIABLE: str(cache)}
+
+    def run(code, model=model):
+        command = [sys.executable, "-W", "error", "-c", STAND_IN + code, model, plan]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+
+    assert run("r = build(); print(r.engine, r.version, r.gpu, r.target, r.cached)") == "tensorrt 11.4.0 NVIDIA L4 ('sm89',) False"
+    assert plan.stat().st_size > 1000
+    timing = cache / "timing-11.4.0-sm89.cache"
+    assert timing.stat().st_size > 0
+    given = tmp_path / "mine.cache"
+    assert run(f"print(build(timing_cache=Path({str(given)!r}), rebuild=True).cached)") == "False"
+    assert given.stat().st_size > 0
+    assert run("print(build().cached)") == "True"
+    # TensorRT-RTX has no lean runtime to put into a plan.
+    assert "EngineError: TensorRT cannot build mlp.onnx: " in run("build(version_compatible=True)")
+    data = write_data(tmp_path / "d.npz")
+    build(model, tmp_path / "out", recipe=Recipe(transform="none", weights="rtn"), calib_data=str(data))
+    assert run("build()", tmp_path / "out" / "model.onnx").endswith(
+        "cannot parse model.onnx: node 'layers.0.up.flat_quantize' (FlatQuantize, of group 'layers.0.up'): "
+        "the library of plugins has none for it: build it anew with `fqonnx plugin build`"
+    )
 
 
 @pytest.mark.gpu

@@ -293,6 +293,8 @@ def _parser_errors(parser: Any, origin: Origin) -> str:
     name, op, group = error.node_name(), error.node_operator(), origin.group_of(error.node_name())
     node = f"node {name!r} ({op}{f', of group {group!r}' if group else ''}): " if op else ""
     more = f" (and {parser.num_errors - 1} more)" if parser.num_errors > 1 else ""
+    if name in origin.calls and "lugin not found" in error.desc():
+        return f"{node}the library of plugins has none for it: build it anew with `fqonnx plugin build`"
     remedy = f"keep it in float with --keep {group!r}" if group else "export the model without this operator"
     return f"{node}{first_line(error.desc())}{more}: {remedy}, or build for --engine onnxruntime"
 
