@@ -161,7 +161,9 @@ def _transform_values(layer: CacheLayer, pair: _Pair, names: Names) -> None:
         insert = Insertion(cache.concat, names, {CACHE_TAG: cache.name})
         cache.concat.replace_input_with(1, pair.apply(insert, cache.new, cache.heads, f"{cache.name}.transform"))
     else:
-        source.fold_outputs(partial(_columns_times, pair.forward), names, f"{cache.name}.folded")
+        source.fold_outputs(partial(_columns_times, pair.forward), names)
+        output = source.output
+        output.name = names.for_value(f"{output.name}.transformed")  # it is not what the float model calls so
     attended = cache.product.outputs[0]
     readers = _linears_behind(attended, cache.size)
     if readers is None:
@@ -172,7 +174,7 @@ def _transform_values(layer: CacheLayer, pair: _Pair, names: Names) -> None:
             node.replace_input_with(index, restored)
     else:
         for reader in readers:
-            reader.fold_weight(partial(_rows_times, pair.inverse), names, f"{cache.name}.unfolded")
+            reader.fold_weight(partial(_rows_times, pair.inverse), names)
 
 
 def _transform_boundary(cache: Cache, pair: _Pair, names: Names) -> None:
@@ -238,22 +240,27 @@ class _Site:
     transposed: bool
     bias: tuple[ir.Node, int] | None = None
 
-    def fold_outputs(self, change: Callable[[Array], Array], names: Names, name: str) -> None:
+    @property
+    def output(self) -> ir.Value:
+        """What the linear gives, its bias included."""
+        return (self.node if self.bias is None else self.bias[0]).outputs[0]
+
+    def fold_outputs(self, change: Callable[[Array], Array], names: Names) -> None:
         """Apply ``change`` to rows of outputs: the weight as ``[K, N]``, and the bias."""
-        self.fold_weight(change, names, name)
+        self.fold_weight(change, names)
         if self.bias is not None:
             node, index = self.bias
             value, n = node.inputs[index], self.features[0]
             assert value is not None
-            _replace_constant(node, index, (n,), partial(_changed_bias, value, n, change), names, f"{name}.bias")
+            _replace_constant(node, index, (n,), partial(_changed_bias, value, n, change), names)
 
-    def fold_weight(self, change: Callable[[Array], Array], names: Names, name: str) -> None:
+    def fold_weight(self, change: Callable[[Array], Array], names: Names) -> None:
         """Apply ``change`` to the weight as ``[K, N]``."""
         value = self.node.inputs[1]
         shape = None if value is None else shape_of(value)
         assert value is not None
         assert shape is not None
-        _replace_constant(self.node, 1, shape, partial(_changed_weight, value, change, transposed=self.transposed), names, name)
+        _replace_constant(self.node, 1, shape, partial(_changed_weight, value, change, transposed=self.transposed), names)
 
     @property
     def features(self) -> tuple[int, int]:
@@ -275,17 +282,26 @@ def _changed_bias(value: ir.Value, n: int, change: Callable[[Array], Array]) -> 
     return changed
 
 
-def _replace_constant(node: ir.Node, index: int, shape: tuple[int, ...], compute: Callable[[], Array], names: Names, name: str) -> None:
-    """A new constant in the place of one; evaluated when it is read, so that no weight is held."""
+def _replace_constant(node: ir.Node, index: int, shape: tuple[int, ...], compute: Callable[[], Array], names: Names) -> None:
+    """A new constant in the place of one; evaluated when it is read, so that no weight is held.
+
+    It takes the name of the old one where that goes with it: linears are named after their weights.
+    """
     old = node.inputs[index]
     dtype = None if old is None else dtype_of(old)
+    assert old is not None
     assert dtype is not None
+    name = old.name or f"{node.name}.constant"
 
     def evaluate() -> ir.TensorProtocol:
         return ir.tensor(np.ascontiguousarray(compute()).astype(dtype.numpy()), dtype=dtype, name=name)
 
     insert = Insertion(node, names, {})
-    node.replace_input_with(index, insert.constant(name, ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), name=name)))
+    if old.is_initializer() and len(old.uses()) == 1 and not old.is_graph_output() and old.graph is insert.graph:
+        del insert.graph.initializers[name]
+        names.release_value(name)
+    tensor = ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), name=name)
+    node.replace_input_with(index, insert.constant(name, tensor))
 
 
 def _columns_times(matrix: Array, weight: Array) -> Array:

@@ -3,6 +3,10 @@
     python samples/llama.py export HF_FOLDER llama.onnx
     fqonnx build llama.onnx -o llama-w4a4 --calib-data calib.npz
     python samples/llama.py perplexity llama-w4a4 tokens.npz:eval
+    python samples/llama.py export HF_FOLDER decoder.onnx --past
+    fqonnx build decoder.onnx -o decoder-w4a4kv4 --calib-data calib.npz --kv int4
+    python samples/llama.py perplexity decoder-w4a4kv4 tokens.npz:eval --chunk 128
+    python samples/llama.py generate decoder-w4a4kv4 HF_FOLDER/tokenizer.json "def main("
 
 Llama, Mistral, Qwen2, Qwen3 and others of the same parts and calling conventions work. Every export is compared with torch before the
 program ends: a model that does not fit is an error, not a wrong file.
@@ -11,6 +15,7 @@ program ends: a model that does not fit is an error, not a wrong file.
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -300,7 +305,22 @@ def _no_past(session: Any, batch: int) -> dict[str, Array]:
     }
 
 
-def perplexity(model: Path, tokens: Array, *, windows: int = 64, length: int = 1024, progress: Progress | None = None) -> float:
+@dataclass(frozen=True)
+class Score:
+    """What a model makes of a text.
+
+    Attributes:
+        perplexity: Of all predicted tokens.
+        cache_bytes: Bytes of keys and values, scales and zero points included, that one token takes; 0 without a cache.
+    """
+
+    perplexity: float
+    cache_bytes: float
+
+
+def score(
+    model: Path, tokens: Array, *, windows: int = 64, length: int = 1024, chunk: int | None = None, progress: Progress | None = None
+) -> Score:
     """Perplexity over consecutive windows of a text, each on its own: tokens ``1 .. length - 1`` are predicted from those before.
 
     Args:
@@ -308,37 +328,35 @@ def perplexity(model: Path, tokens: Array, *, windows: int = 64, length: int = 1
         tokens: Token ids of the text, 1-D.
         windows: Windows to take, from the start.
         length: Tokens of a window.
+        chunk: Tokens of one run: the following ones read the keys and values of those before from the cache. None takes a window at once.
         progress: Where to tell how far it is.
 
     Raises:
-        DataError: There are too few tokens, or one is outside the vocabulary.
+        DataError: There are too few tokens, one is outside the vocabulary, or the model has no cache and ``chunk`` asks for one.
         ModelError: It is no language model.
         EngineError: ONNX Runtime cannot load or run it.
     """
-    from fqonnx.engines.onnxruntime import run, session
+    from fqonnx.decoding import Decoder
     from fqonnx.metrics import Perplexity
 
     if len(tokens) < windows * length:
         raise DataError(f"{len(tokens)} tokens are too few for {windows} windows of {length}: lower --windows or --length")
-    path = model / "model.onnx" if model.is_dir() else model
-    if not path.is_file():
-        raise ModelError(f"no such file: {path}: give a .onnx file or a build directory")
-    opened = session(path)
-    inputs, outputs = ({item.name: item.shape for item in items} for items in (opened.get_inputs(), opened.get_outputs()))
-    if "input_ids" not in inputs or "logits" not in outputs:
-        raise ModelError(f"{path} is no language model with input_ids and logits: export one with `{Path(__file__).name} export`")
-    highest, vocabulary = int(tokens[: windows * length].max()), outputs["logits"][-1]
-    if isinstance(vocabulary, int) and highest >= vocabulary:
-        raise DataError(f"token {highest} is outside the vocabulary of {vocabulary}: these are not tokens of this model")
-    constant = {"attention_mask": np.ones((1, length), np.int64), "position_ids": np.arange(length)[None]}
-    feeds = {**{name: array for name, array in constant.items() if name in inputs}, **_no_past(opened, batch=1)}
-    measure = Perplexity()
+    decoder, measure, cached = Decoder(model), Perplexity(), 0.0
     with (progress or Silent()).task("Perplexity", windows) as task:
         for window in tokens[: windows * length].reshape(windows, 1, length).astype(np.int64):
-            logits = run(opened, {**feeds, "input_ids": window}, ["logits"])["logits"]
-            measure.update(logits, window)
+            decoder.reset()
+            for start in range(0, length, chunk or length):
+                part = window[:, start : start + (chunk or length)]
+                targets = window[:, start + 1 : start + 1 + part.shape[1]]
+                measure.score(decoder(part)[:, : targets.shape[1]], targets)
+            cached = decoder.cache_bytes / length
             task.advance()
-    return measure.value
+    return Score(measure.value, cached)
+
+
+def perplexity(model: Path, tokens: Array, *, windows: int = 64, length: int = 1024, progress: Progress | None = None) -> float:
+    """The perplexity of ``score``, a window at once."""
+    return score(model, tokens, windows=windows, length=length, progress=progress).perplexity
 
 
 def read_tokens(spec: str) -> Array:
@@ -395,10 +413,36 @@ def export_command(folder: Path, out: Path, past: bool, dtype: str, opset: int) 
 @click.argument("tokens")
 @click.option("--windows", type=click.IntRange(min=1), default=64, show_default=True, help="Windows to take from the start.")
 @click.option("--length", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens of a window.")
-def perplexity_command(model: Path, tokens: str, windows: int, length: int) -> None:
+@click.option("--chunk", type=click.IntRange(min=1), help="Tokens of one run, the rest read from the cache.  [default: a window]")
+def perplexity_command(model: Path, tokens: str, windows: int, length: int, chunk: int | None) -> None:
     """Perplexity of MODEL (a .onnx file or a build directory) over TOKENS (FILE.npy or FILE.npz:KEY), through ONNX Runtime."""
-    value = perplexity(model, read_tokens(tokens), windows=windows, length=length, progress=RichProgress())
-    click.echo(f"perplexity {value:.3f}")
+    found = score(model, read_tokens(tokens), windows=windows, length=length, chunk=chunk, progress=RichProgress())
+    click.echo(f"perplexity {found.perplexity:.3f}" + (f", cache {found.cache_bytes:.0f} bytes a token" if found.cache_bytes else ""))
+
+
+@program.command("generate")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("tokenizer", type=click.Path(path_type=Path))
+@click.argument("prompt")
+@click.option("--tokens", "count", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens to add.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 takes the most likely token.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the draws.")
+def generate_command(model: Path, tokenizer: Path, prompt: str, count: int, temperature: float, seed: int) -> None:
+    """Continue PROMPT with MODEL, exported with --past (a .onnx file or a build directory), by the TOKENIZER file (tokenizer.json)."""
+    from tokenizers import Tokenizer
+
+    from fqonnx.decoding import Decoder, generate
+
+    if not tokenizer.is_file():
+        raise DataError(f"no such file: {tokenizer}: give the model's tokenizer.json")
+    coder = Tokenizer.from_file(str(tokenizer))
+    ids = np.array([coder.encode(prompt).ids], np.int64)
+    decoder = Decoder(model)
+    started = time.perf_counter()
+    added = generate(decoder, ids, count, temperature=temperature, seed=seed)
+    seconds = time.perf_counter() - started
+    click.echo(coder.decode([*ids[0].tolist(), *added[0].tolist()]))
+    click.echo(f"{added.shape[1] / seconds:.1f} tokens a second, cache {decoder.cache_bytes} bytes", err=True)
 
 
 def main() -> None:
