@@ -199,11 +199,29 @@ def test_a_build_that_fails_gives_the_reason(rtx, tmp_path, capfd):
         [("y", TensorProto.FLOAT, [2, 3])],
         {"shape": np.array([2, 3])},
     )
-    with pytest.raises(EngineError, match=r"cannot build m\.onnx: .*fold.*: keep the node's linear in float with --keep") as caught:
+    with pytest.raises(
+        EngineError, match=r"cannot build m\.onnx: .*: this is node 'fold' \(Reshape\): keep it in float with --keep"
+    ) as caught:
         rtx.build(path, tmp_path / "engine.plan", profiles=[{"x": Profile((4,), (4,), (8,))}])
     assert one_line(caught)
     assert not (tmp_path / "engine.plan").exists()
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("message", "node"),
+    [
+        ("Error Code 4: layers.0.up/sums: no tactic (in cast)", "node 'layers.0.up' (W4A4Gemm, of group 'g')"),
+        ("fold: ISHUFFLE, reshape changes volume", "node 'fold' (Reshape)"),
+        ("{ForeignNode[fold...layers.0.up.add]} failed", None),
+        ("at a layer [ONNX Layer: a] failed", "node 'a' (Add)"),
+        ("there is a fault", None),
+        ("folded away", None),
+    ],
+)
+def test_the_node_that_a_message_names_is_found(message, node):
+    origin = Origin({"layers.0.up": "W4A4Gemm", "fold": "Reshape", "a": "Add", "": "Add"}, {"layers.0.up": "g"}, {}, {})
+    assert origin.node_in(message) == node
 
 
 @pytest.mark.parametrize("flavour", [RTX, TENSORRT], ids=lambda flavour: flavour.name)
@@ -447,6 +465,7 @@ LISTING = "\n".join(
 
 def test_a_listing_is_traced_back_to_groups():
     origin = Origin(
+        ops={},
         groups={"a": "A", "b": "B", "b.dequantize": "B", "c": "C", "d": "D"},
         calls={"a": "W4A4Gemm", "d": "W4A4Gemm"},
         weights={"A": Weights(4, {"a", "a/sums"}), "B": Weights(4, {"b"}), "C": Weights(8, {"c"}), "D": Weights(4, {"d"}), "E": Weights(4)},
@@ -487,7 +506,7 @@ def layer(node, *, plugin=False):
     ],
 )
 def test_every_op_becomes_what_it_should(flavour, layers, message):
-    origin = Origin({}, {"a": "W4A4Gemm"}, {})
+    origin = Origin({}, {}, {"a": "W4A4Gemm"}, {})
     if message is None:
         tensorrt.require_taken(flavour, layers, origin)
     else:

@@ -199,7 +199,7 @@ class _Network:
     """
 
     def __init__(self, flavour: Flavour, trt: Any, model: ir.Model, path: Path, origin: Origin) -> None:
-        self._flavour, self._trt, self._name = flavour, trt, path.name
+        self._flavour, self._trt, self._name, self._origin = flavour, trt, path.name, origin
         self._logger = _make_logger(trt)
         self._builder = trt.Builder(self._logger)
         self._network = self._builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -241,8 +241,7 @@ class _Network:
                 # On by default in TensorRT, off in Polygraphy.
                 make_config = CreateConfig(tf32=True, **common)
             what = f"{self._flavour.title} cannot build {self._name}"
-            hint = "keep the node's linear in float with --keep, or build for --engine onnxruntime"
-            with warnings.catch_warnings(), one_line_errors(what, self._logger, hint):
+            with warnings.catch_warnings(), one_line_errors(what, self._logger, self._remedy):
                 # Polygraphy reads settings that newer versions have deprecated.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 config = make_config(self._builder, self._network)
@@ -257,6 +256,12 @@ class _Network:
                     if monitor.failure is not None:
                         raise monitor.failure
         return plan, self._logger.listing or self._inspect(plan)
+
+    def _remedy(self, reason: str) -> str:
+        """Which node a message of the builder is about, and what to do."""
+        node = self._origin.node_in(reason)
+        about = f"this is {node}: " if node else ""
+        return f"{about}keep {'it' if node else 'the linear before it'} in float with --keep, or build for --engine onnxruntime"
 
     def _inspect(self, plan: bytes) -> str:
         """What the inspector says of the loaded engine; nothing where it cannot be loaded here."""

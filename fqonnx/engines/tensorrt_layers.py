@@ -46,11 +46,13 @@ class Origin:
     """What an engine's layers are traced back to: the model before its bodies were inlined.
 
     Attributes:
+        ops: By node name, its operator.
         groups: By node name, the group that the node was made for.
         calls: By node name, the op, of every node of an fqonnx op.
         weights: By group, its weights.
     """
 
+    ops: Mapping[str, str]
     groups: Mapping[str, str]
     calls: Mapping[str, str]
     weights: Mapping[str, Weights]
@@ -58,11 +60,13 @@ class Origin:
     @classmethod
     def of(cls, model: ir.Model) -> Origin:
         """Of a model as it is."""
+        ops: dict[str, str] = {}
         groups: dict[str, str] = {}
         calls: dict[str, str] = {}
         weights: dict[str, Weights] = {}
         for node in ir.traversal.RecursiveGraphIterator(model.graph):
             name, group, op = node.name or "", node.metadata_props.get(GROUP_TAG), (node.domain, node.op_type)
+            ops[name] = node.op_type
             if node.domain == DOMAIN:
                 calls[name] = node.op_type
             if group is None:
@@ -75,7 +79,18 @@ class Origin:
                 weights.setdefault(group, Weights(4 if codes is not None and codes.dtype == ir.DataType.INT4 else 8))
             elif op == ("", "MatMul") and LINEAR_TAG in node.metadata_props and group in weights:
                 weights[group].products.add(name)
-        return cls(groups, calls, weights)
+        return cls(ops, groups, calls, weights)
+
+    def node_in(self, message: str) -> str | None:
+        """The node that a message of the builder speaks of, with its operator and group in words; None where it names none."""
+        words = set(re.findall(r"[^\s\[\](){}'\",;:]+", message))
+        named = [name for name in self.ops if name in words or any(word.startswith(f"{name}/") for word in words)]
+        # A name of a letter or two may be an article.
+        name = max((name for name in named if len(name) > 2 or f"[ONNX Layer: {name}]" in message), key=len, default=None)
+        if name is None:
+            return None
+        group = self.groups.get(name)
+        return f"node {name!r} ({self.ops[name]}{f', of group {group!r}' if group else ''})"
 
     def group_of(self, node: str) -> str | None:
         """Of a node of the model, or one of an inlined body, which is called ``{call}/{name in the body}``."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fqonnx.errors import EngineError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 _NO_CAUSE = re.compile(r"^(I[A-Z]\w*::|IBuilder|ITensor|INetwork)\S*: ")
@@ -124,8 +124,14 @@ def first_line(text: str) -> str:
 
 
 @contextmanager
-def one_line_errors(what: str, logger: Any, hint: str) -> Iterator[None]:
-    """Polygraphy without its log, and with its failures as one line that says what TensorRT logged first: later errors are its echo."""
+def one_line_errors(what: str, logger: Any, remedy: Callable[[str], str]) -> Iterator[None]:
+    """Polygraphy without its log, and with its failures as one line that says what TensorRT logged first: later errors are its echo.
+
+    Args:
+        what: What fails.
+        logger: Has TensorRT's ``errors``.
+        remedy: What to do, by the reason.
+    """
     from polygraphy.exception import PolygraphyException
     from polygraphy.logger import G_LOGGER
 
@@ -134,4 +140,4 @@ def one_line_errors(what: str, logger: Any, hint: str) -> Iterator[None]:
             yield
         except PolygraphyException as error:
             reason = logger.errors[0] if logger.errors else first_line(str(error)) or "no reason given"
-            raise EngineError(f"{what}: {reason}: {hint}") from None
+            raise EngineError(f"{what}: {reason}: {remedy(reason)}") from None

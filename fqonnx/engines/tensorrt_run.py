@@ -206,7 +206,7 @@ def runner(name: str, path: Path, built: EngineReport) -> BaseRunner:
                 self.set_profile(profile_for(built, {name: array.shape for name, array in feed_dict.items()}))
             elif built.profiles:
                 profile_for(built, {name: array.shape for name, array in feed_dict.items()})
-            with one_line_errors(f"{path.name} failed", loaded.logger, "check the data's shapes and values"):
+            with one_line_errors(f"{path.name} failed", loaded.logger, lambda _: "check the data's shapes and values"):
                 return super().infer_impl(feed_dict, **options)
 
     return EngineRunner(loaded.engine, name=name)
