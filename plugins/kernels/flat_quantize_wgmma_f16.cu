@@ -88,6 +88,7 @@ struct Shape {
 
 struct Shared {
   uint64_t full[kMostStages];
+  uint64_t gamma;
   alignas(16) uint32_t largest[2][kMostTeams][8];  // of a warp's part of T, as bits; two rows' worth, so that one barrier a row is enough
   uint32_t largest_factor[2][kMostWarps];          // of left and right, as bits
   float squares[kMostTeams][8];                    // a warp's sum of squares
@@ -225,31 +226,35 @@ __device__ __forceinline__ void store_factors(uint8_t* to_left, uint8_t* to_righ
   constexpr int kLeftTasks = (S::kM * kChunks + S::kThreads - 1) / S::kThreads;
   constexpr int kEights = S::kN2 / 8;
   constexpr int kRightTasks = (kEights * kEights + S::kThreads - 1) / S::kThreads;
-  constexpr int kTogether = sizeof(Factor) == 2 ? kRightTasks : 1;  // tasks whose values are in registers at once
+  // Tasks of a thread whose values are in registers at once: all of them, so that there is one latency to wait for; but where one team has a
+  // multiprocessor's share of registers, one.
+  constexpr int kLeftAtOnce = S::kTeams > 1 ? kLeftTasks : 1;
+  constexpr int kRightAtOnce = S::kTeams > 1 && sizeof(Factor) == 2 ? kRightTasks : 1;
+  constexpr int kLeftRounds = kLeftTasks / kLeftAtOnce, kRightRounds = kRightTasks / kRightAtOnce;
   const Factor* const left = static_cast<const Factor*>(problem.left);
   const Factor* const right = static_cast<const Factor*>(problem.right);
   const int n1 = problem.n1, n2 = problem.n2;
-  float largest[2] = {0.0f, 0.0f};
-
-  Eight<Factor> chunks[kLeftTasks];
   const bool vectors = n1 % 8 == 0 && reinterpret_cast<uintptr_t>(left) % 16 == 0;
   const bool right_vectors = reinterpret_cast<uintptr_t>(right) % 16 == 0;
-#pragma unroll
-  for (int i = 0; i < kLeftTasks; ++i) {
-    const int task = threadIdx.x + i * S::kThreads, k = task / kChunks, m = task % kChunks * 8;
-    const int block_k = S::kRows == 1 ? k : k % S::kN1, block_m = S::kRows == 1 ? m : m % S::kN1;
-    const bool inside = k - block_k == m - block_m && block_k < n1 && block_m < n1;
-    if (vectors)
-      chunks[i].load(left + block_k * n1 + block_m, inside);
-    else
-      chunks[i].load_some(left + block_k * n1 + block_m, inside ? n1 - block_m : 0);
-  }
+  float largest[2] = {0.0f, 0.0f};
+
 #pragma unroll 1
-  for (int first = 0; first < kRightTasks; first += kTogether) {
-    Eight<Factor> rows[kTogether][8];
+  for (int round = 0; round < (kLeftRounds > kRightRounds ? kLeftRounds : kRightRounds); ++round) {
+    Eight<Factor> chunks[kLeftAtOnce];
+    Eight<Factor> rows[kRightAtOnce][8];
 #pragma unroll
-    for (int j = 0; j < kTogether; ++j) {
-      const int task = threadIdx.x + (first + j) * S::kThreads, k = task / kEights * 8, column = task % kEights * 8;
+    for (int i = 0; i < kLeftAtOnce; ++i) {
+      const int task = threadIdx.x + (round * kLeftAtOnce + i) * S::kThreads, k = task / kChunks, m = task % kChunks * 8;
+      const int block_k = S::kRows == 1 ? k : k % S::kN1, block_m = S::kRows == 1 ? m : m % S::kN1;
+      const bool inside = k - block_k == m - block_m && block_k < n1 && block_m < n1;
+      if (vectors)
+        chunks[i].load(left + block_k * n1 + block_m, inside);
+      else
+        chunks[i].load_some(left + block_k * n1 + block_m, inside ? n1 - block_m : 0);
+    }
+#pragma unroll
+    for (int j = 0; j < kRightAtOnce; ++j) {
+      const int task = threadIdx.x + (round * kRightAtOnce + j) * S::kThreads, k = task / kEights * 8, column = task % kEights * 8;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const bool inside = k < n2 && column < n2;  // n2 is a multiple of 16
@@ -259,24 +264,22 @@ __device__ __forceinline__ void store_factors(uint8_t* to_left, uint8_t* to_righ
           rows[j][i].load_some(right + (k + i) * n2 + column, inside ? 8 : 0);
       }
     }
-    if (first == 0) {
-      then();
+    if (round == 0) then();
 #pragma unroll
-      for (int i = 0; i < kLeftTasks; ++i) {
-        const int task = threadIdx.x + i * S::kThreads, k = task / kChunks, m = task % kChunks * 8;
-        if (k >= S::kM) break;
-        uint4 words;
-        words.x = pair_of<Element>(chunks[i], 0, chunks[i], 1);
-        words.y = pair_of<Element>(chunks[i], 2, chunks[i], 3);
-        words.z = pair_of<Element>(chunks[i], 4, chunks[i], 5);
-        words.w = pair_of<Element>(chunks[i], 6, chunks[i], 7);
-        *reinterpret_cast<uint4*>(to_left + left_offset<S>(k, m)) = words;
-        if constexpr (sizeof(Factor) == 4) largest[0] = fmaxf(largest[0], chunks[i].largest());
-      }
+    for (int i = 0; i < kLeftAtOnce; ++i) {
+      const int task = threadIdx.x + (round * kLeftAtOnce + i) * S::kThreads, k = task / kChunks, m = task % kChunks * 8;
+      if (k >= S::kM) break;
+      uint4 words;
+      words.x = pair_of<Element>(chunks[i], 0, chunks[i], 1);
+      words.y = pair_of<Element>(chunks[i], 2, chunks[i], 3);
+      words.z = pair_of<Element>(chunks[i], 4, chunks[i], 5);
+      words.w = pair_of<Element>(chunks[i], 6, chunks[i], 7);
+      *reinterpret_cast<uint4*>(to_left + left_offset<S>(k, m)) = words;
+      if constexpr (sizeof(Factor) == 4) largest[0] = fmaxf(largest[0], chunks[i].largest());
     }
 #pragma unroll
-    for (int j = 0; j < kTogether; ++j) {
-      const int task = threadIdx.x + (first + j) * S::kThreads, k = task / kEights * 8, column = task % kEights * 8;
+    for (int j = 0; j < kRightAtOnce; ++j) {
+      const int task = threadIdx.x + (round * kRightAtOnce + j) * S::kThreads, k = task / kEights * 8, column = task % kEights * 8;
       if (k >= S::kN2) break;
       uint8_t* const to = to_right + right_offset<S>(k, column);
 #pragma unroll
@@ -406,22 +409,15 @@ __device__ __forceinline__ Value of_row(const Value (&values)[kRows], int row) {
   return kRows == 1 || row == 0 ? values[0] : values[kRows - 1];
 }
 
-// A thread's part of a stage: vectors of 16 bytes, kTeamThreads apart.
+// Where 16 bytes of a stage are in memory, in elements from the beginning of x as a contiguous matrix; negative where they are padding.
 template <typename S>
-constexpr int kVectors = S::kStageBytes / 16 / S::kTeamThreads;
-
-// Where such a vector is: which of the rows at once, and in it the element; negative where it is padding.
-struct Place {
-  int part, element;
-};
-
-template <typename S>
-__device__ __forceinline__ Place place_of(const Problem& problem, int index) {
-  const int vector = threadIdx.x % S::kTeamThreads + index * S::kTeamThreads;
+__device__ __forceinline__ int64_t place_of(const Problem& problem, int vector, int group) {
   const int line = vector / 8 % S::kM, chunk = vector % 8 ^ line % 8;
   const int column = vector / (8 * S::kM) * kTile + chunk * 8;
-  const int part = S::kRows == 1 ? 0 : line / S::kN1, line_of_row = S::kRows == 1 ? line : line % S::kN1;
-  return {part, line_of_row < problem.n1 && column < problem.n2 ? line_of_row * problem.n2 + column : -1};
+  const int64_t row = int64_t(group) * S::kRows + (S::kRows == 1 ? 0 : line / S::kN1);
+  const int line_of_row = S::kRows == 1 ? line : line % S::kN1;
+  if (row >= problem.rows || line_of_row >= problem.n1 || column >= problem.n2) return -1;
+  return (row * problem.n1 + line_of_row) * problem.n2 + column;
 }
 
 // x = silu(x) * up in a stage, where up follows x.
@@ -444,46 +440,40 @@ __device__ __forceinline__ void apply_gate(uint8_t* stage) {
   }
 }
 
-// gamma at a thread's places.
-template <typename Element, typename S>
-__device__ __forceinline__ void load_gamma(uint4 (&gammas)[kVectors<S>], const Problem& problem) {
-#pragma unroll
-  for (int i = 0; i < kVectors<S>; ++i) {
-    const int element = max(place_of<S>(problem, i).element, 0);
-    gammas[i] = __ldg(reinterpret_cast<const uint4*>(static_cast<const Element*>(problem.gamma) + element));
-  }
-}
-
 // x = gamma * (x / rms(x)) in a stage, after the residual that follows x was added to it; writes what is wanted of both to device memory.
+// gamma lies in shared memory as a row of x does, for each of the rows at once. The loops stay loops: where rows are few, code is fetched
+// for as long as it runs.
 template <typename Element, typename S>
-__device__ __forceinline__ void apply_norm(uint8_t* stage, const uint4 (&gammas)[kVectors<S>], const Problem& problem, float (&squares)[8],
-                                           int group, int team) {
-  static_assert(S::kStageBytes / 16 % S::kTeamThreads == 0);
+__device__ __forceinline__ void apply_norm(uint8_t* stage, const uint8_t* gamma, const Problem& problem, float (&squares)[8], int group,
+                                           int team) {
+  uint4* const x = reinterpret_cast<uint4*>(stage);
+  const uint4* const residual = reinterpret_cast<const uint4*>(stage + S::kStageBytes);
+  const uint4* const gammas = reinterpret_cast<const uint4*>(gamma);
+  constexpr int kVectors = S::kStageBytes / 16;
+  static_assert(kVectors % S::kTeamThreads == 0 && S::kTeamThreads / 8 <= S::kN1);  // the threads of a step work on one row of x
   const int thread = threadIdx.x % S::kTeamThreads, warp = thread / kWarp;
-  uint4* const x = reinterpret_cast<uint4*>(stage) + thread;
-  const uint4* const residual = reinterpret_cast<const uint4*>(stage + S::kStageBytes) + thread;
-  const int k = problem.n1 * problem.n2;
-  const auto is_there = [&](Place place) { return place.element >= 0 && group * S::kRows + place.part < problem.rows; };
-  const auto write = [&](void* matrix, Place place, const uint4& values) {
-    *reinterpret_cast<uint4*>(static_cast<Element*>(matrix) + (int64_t(group) * S::kRows + place.part) * k + place.element) = values;
+  const auto part_of = [](int vector) { return S::kRows == 1 ? 0 : vector / 8 % S::kM / S::kN1; };
+  const auto write = [&](void* matrix, int vector, const uint4& values) {
+    if (matrix == nullptr) return;
+    if (const int64_t place = place_of<S>(problem, vector, group); place >= 0)
+      *reinterpret_cast<uint4*>(static_cast<Element*>(matrix) + place) = values;
   };
 
-  uint4 values[kVectors<S>];
   float sums[S::kRows] = {};
-#pragma unroll
-  for (int i = 0; i < kVectors<S>; ++i) {
-    const Place place = place_of<S>(problem, i);
-    values[i] = x[i * S::kTeamThreads];
-    uint32_t* const pairs = &values[i].x;
+#pragma unroll 2
+  for (int i = thread; i < kVectors; i += S::kTeamThreads) {
+    uint4 values = x[i];
+    uint32_t* const pairs = &values.x;
     if (problem.second) {
-      const uint4 added = residual[i * S::kTeamThreads];
+      const uint4 added = residual[i];
       const uint32_t* const others = &added.x;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float2 a = unpack<Element>(pairs[j]), b = unpack<Element>(others[j]);
         pairs[j] = pack<Element>(a.x + b.x, a.y + b.y);
       }
-      if (problem.sum != nullptr && is_there(place)) write(problem.sum, place, values[i]);
+      x[i] = values;
+      write(problem.sum, i, values);
     }
     float sum = 0.0f;
 #pragma unroll
@@ -492,7 +482,7 @@ __device__ __forceinline__ void apply_norm(uint8_t* stage, const uint4 (&gammas)
       sum = fmaf(value.x, value.x, fmaf(value.y, value.y, sum));
     }
 #pragma unroll
-    for (int part = 0; part < S::kRows; ++part) sums[part] += place.part == part ? sum : 0.0f;
+    for (int part = 0; part < S::kRows; ++part) sums[part] += part_of(i) == part ? sum : 0.0f;
   }
 #pragma unroll
   for (int part = 0; part < S::kRows; ++part) {
@@ -507,28 +497,32 @@ __device__ __forceinline__ void apply_norm(uint8_t* stage, const uint4 (&gammas)
     float sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < S::kTeamWarps; ++w) sum += squares[part * S::kTeamWarps + w];
-    inverse[part] = __frcp_rn(__fsqrt_rn(sum / float(k) + problem.epsilon));
+    const bool present = S::kRows == 1 || group * S::kRows + part < problem.rows;  // of a row that is not, all stays zero
+    inverse[part] = present ? __frcp_rn(__fsqrt_rn(sum / float(problem.n1 * problem.n2) + problem.epsilon)) : 0.0f;
   }
-#pragma unroll
-  for (int i = 0; i < kVectors<S>; ++i) {
-    const Place place = place_of<S>(problem, i);
-    if (!is_there(place)) continue;  // zero
-    const float by = of_row(inverse, place.part);
-    uint32_t* const pairs = &values[i].x;
-    const uint32_t* const others = &gammas[i].x;
+#pragma unroll 2
+  for (int i = thread; i < kVectors; i += S::kTeamThreads) {
+    const float by = of_row(inverse, part_of(i));
+    uint4 values = x[i];
+    const uint4 factors = gammas[i];
+    uint32_t* const pairs = &values.x;
+    const uint32_t* const others = &factors.x;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const float2 value = unpack<Element>(pairs[j]), gamma = unpack<Element>(others[j]);
-      pairs[j] = pack<Element>(gamma.x * (value.x * by), gamma.y * (value.y * by));
+      const float2 value = unpack<Element>(pairs[j]), factor = unpack<Element>(others[j]);
+      pairs[j] = pack<Element>(factor.x * (value.x * by), factor.y * (value.y * by));
     }
-    x[i * S::kTeamThreads] = values[i];
-    if (problem.normed != nullptr) write(problem.normed, place, values[i]);
+    x[i] = values;
+    write(problem.normed, i, values);
   }
 }
 
 // Bytes of a row of x in shared memory, with the second operand beside it.
 template <typename S, PrologueKind kKind>
 constexpr int kStageBytesOf = kKind == PrologueKind::kNone ? S::kStageBytes : 2 * S::kStageBytes;
+
+template <typename S, PrologueKind kKind>
+constexpr int kGammaBytesOf = kKind == PrologueKind::kRmsNorm ? S::kStageBytes : 0;
 
 // The exponent of what Z is to be multiplied by, given the one that it was and the largest magnitude of T that came of it, as bits.
 template <bool kHalf>
@@ -565,16 +559,18 @@ __device__ __forceinline__ uint32_t clear_not_finite(uint8_t* stage, uint32_t (&
 
 // `second` is the map of residual or up.
 template <typename Element, typename S, PrologueKind kKind>
-__global__ void __launch_bounds__(S::kThreads, 1)
-    flat_quantize(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap second, const Problem problem) {
+__global__ void __launch_bounds__(S::kThreads, S::kTeams == 1 && !S::kLeftInRegisters ? 512 / S::kThreads : 1)
+    flat_quantize(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap second, const __grid_constant__ CUtensorMap gamma,
+                  const Problem problem) {
   constexpr int kStageBytes = kStageBytesOf<S, kKind>;
   constexpr bool kHalf = std::is_same_v<Element, __half>;
   constexpr int kRegisters = S::kN2 / 2;
   constexpr uint32_t kInfinity = 0x7F800000;
   extern __shared__ __align__(kAlignment) uint8_t shared_memory[];
   uint8_t* const after_stages = shared_memory + problem.stages * kStageBytes;
-  uint8_t* const left = S::kLeftInRegisters ? after_stages - kStageBytes : after_stages;
-  uint8_t* const right = after_stages + S::kLeftBytes;
+  uint8_t* const gammas = after_stages;
+  uint8_t* const left = S::kLeftInRegisters ? after_stages - kStageBytes : after_stages + kGammaBytesOf<S, kKind>;
+  uint8_t* const right = after_stages + kGammaBytesOf<S, kKind> + S::kLeftBytes;
   const int team = threadIdx.x / S::kTeamThreads;
   let_next_begin();
   if (!problem.constant_factors) wait_for_work_before();
@@ -600,7 +596,16 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if (threadIdx.x == 0) {
 #pragma unroll 1
     for (int stage = 0; stage < problem.stages; ++stage) barrier_init(&shared.full[stage], 1);
+    barrier_init(&shared.gamma, 1);
     fence_barrier_init();
+    if constexpr (kKind == PrologueKind::kRmsNorm) {
+      barrier_expect(&shared.gamma, S::kStageBytes);
+#pragma unroll
+      for (int box = 0; box < S::kBoxes; ++box)
+#pragma unroll
+        for (int part = 0; part < S::kRows; ++part)
+          copy_box(gammas + box * S::kBoxBytes + part * S::kN1 * kBoxRow, &gamma, &shared.gamma, box * kTile, 0, 0, Keep::kLastOut);
+    }
   }
   const float clip = problem.clip_ptr != nullptr ? *problem.clip_ptr : problem.clip;
 
@@ -679,9 +684,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     while (stage >= problem.stages) stage -= problem.stages, phase ^= 1;
     uint8_t* const x_stage = shared_memory + stage * kStageBytes;
     const uint64_t x_descriptor = descriptor_transposed_128b(shared_address(x_stage), S::kBoxBytes);
-    uint4 gammas[kKind == PrologueKind::kRmsNorm ? kVectors<S> : 1];
-    if constexpr (kKind == PrologueKind::kRmsNorm)
-      if (attempt == 0) load_gamma<Element, S>(gammas, problem);
+    if constexpr (kKind == PrologueKind::kRmsNorm) barrier_wait(&shared.gamma, 0);
     barrier_wait(&shared.full[stage], phase);
     if constexpr (kKind != PrologueKind::kNone) {
       if (attempt == 0) {
@@ -792,7 +795,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 
 template <typename S, PrologueKind kKind>
 constexpr int shared_bytes(int stages) {
-  return stages * kStageBytesOf<S, kKind> + S::kLeftBytes + S::kRightBytes + int(sizeof(Shared));
+  return stages * kStageBytesOf<S, kKind> + kGammaBytesOf<S, kKind> + S::kLeftBytes + S::kRightBytes + int(sizeof(Shared));
 }
 
 // As many for each team: who waits for a stage is then who emptied it, so that nobody can take one arrival of rows for the next.
@@ -803,30 +806,32 @@ int stages_for(const Device& device) {
   return stages;
 }
 
-// Calls `function` with the shape that takes n1 x n2.
-template <PrologueKind kKind, typename Function>
+// Calls `function` with the shape that takes n1 x n2; where kFew, with one team that works on one row at a time: it finds room beside the
+// product before it, and its factors are in place when x is.
+template <PrologueKind kKind, bool kFew, typename Function>
 auto with_shape(int n1, int n2, const Function& function) {
+  constexpr int kFour = kFew ? 1 : 4, kPair = kFew ? 1 : 2;
   if constexpr (kKind != PrologueKind::kSiluMul) {
-    if (n2 <= 64 && n1 <= 32) return function(Shape<32, 64, 2, 4>());
-    if (n2 <= 64 && n1 <= 64) return function(Shape<64, 64, 1, 4>());
+    if (n2 <= 64 && n1 <= 32) return function(Shape<32, 64, kPair, kFour>());
+    if (n2 <= 64 && n1 <= 64) return function(Shape<64, 64, 1, kFour>());
   }
   if constexpr (kKind == PrologueKind::kNone) {
     if (n2 > 128 && n1 <= 64) return function(Shape<64, 224, 1, 2>());
     if (n2 > 128) return function(Shape<128, 224, 1, 1, true>());
   }
-  if (n1 <= 32) return function(Shape<32, 128, 2, 4>());
-  if (n1 <= 48) return function(Shape<48, 128, 1, 4>());
+  if (n1 <= 32) return function(Shape<32, 128, kPair, kFour>());
+  if (n1 <= 48) return function(Shape<48, 128, 1, kFour>());
   if constexpr (kKind != PrologueKind::kRmsNorm) {
     if (n1 > 112) return function(Shape<128, 128, 1, 2>());
     if (n1 > 96) return function(Shape<112, 128, 1, 2>());
     if (n1 > 64) return function(Shape<96, 128, 1, 2>());
   }
-  return function(Shape<64, 128, 1, 4>());
+  return function(Shape<64, 128, 1, kFour>());
 }
 
 constexpr int kLargestN1 = 128, kLargestN2 = 224;
 constexpr int kLargestNormN1 = 64, kLargestPrologueN2 = 128;
-constexpr int kFewestRows = 64;
+constexpr int kFewRows = 32;  // that leave room for more than a block to a multiprocessor, and have one turn
 constexpr int kSharedMemory = 232448;  // that compute capability 9.0 has for a block
 
 const char* fits(const fq_flat_quantize_params& params, const Prologue& prologue, const Device& device) {
@@ -838,33 +843,37 @@ const char* fits(const fq_flat_quantize_params& params, const Prologue& prologue
   if (prologue.kind == PrologueKind::kRmsNorm && params.n1 > kLargestNormN1) return "takes a norm with n1 up to 64";
   if (params.k != int64_t(params.n1) * params.n2) return "takes one block: k = n1 n2";
   if (params.rows > INT32_MAX - 65536) return "takes fewer rows";
-  if (params.variant == 0 && params.rows < kFewestRows) return "is for 64 rows or more (name it to have it for fewer)";
   if (device.shared_memory < kSharedMemory) return "needs the shared memory of compute capability 9.0";
   return nullptr;
 }
 
 template <typename Element, typename S>
-fq_status make_row_map(CUtensorMap* map, const fq_flat_quantize_params& params, const void* data, int64_t stride) {
+fq_status make_row_map(CUtensorMap* map, const fq_flat_quantize_params& params, const void* data, int64_t stride, int64_t rows, uint32_t at_once) {
   constexpr CUtensorMapDataType kType =
       std::is_same_v<Element, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const cuuint64_t n1 = cuuint64_t(params.n1), n2 = cuuint64_t(params.n2);
-  const cuuint64_t row_bytes = params.rows == 1 ? n1 * n2 * 2 : cuuint64_t(stride) * 2;  // one row's stride need not be aligned
-  return make_tensor_map<3>(map, data, kType, {n2, n1, cuuint64_t(params.rows)}, {n2 * 2, row_bytes}, {kTile, S::kN1, S::kRows},
+  const cuuint64_t row_bytes = rows == 1 ? n1 * n2 * 2 : cuuint64_t(stride) * 2;  // one row's stride need not be aligned
+  return make_tensor_map<3>(map, data, kType, {n2, n1, cuuint64_t(rows)}, {n2 * 2, row_bytes}, {kTile, S::kN1, at_once},
                             CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
 template <typename Element, typename S, PrologueKind kKind>
 fq_status launch_shape(const fq_flat_quantize_params& params, const Prologue& prologue, Problem problem, const Device& device,
                        cudaStream_t stream) {
-  CUtensorMap x, second = {};
-  if (const fq_status status = make_row_map<Element, S>(&x, params, params.x, params.x_stride); status != FQ_OK) return status;
+  CUtensorMap x, second = {}, gamma = {};
+  const auto make_map = [&](CUtensorMap* map, const void* data, int64_t stride) {
+    return make_row_map<Element, S>(map, params, data, stride, params.rows, S::kRows);
+  };
+  if (const fq_status status = make_map(&x, params.x, params.x_stride)) return status;
   const void* other = nullptr;
   int64_t stride = params.k;
   if (kKind == PrologueKind::kRmsNorm) other = prologue.norm->residual;
   if (kKind == PrologueKind::kSiluMul) other = prologue.gate->up, stride = prologue.gate->up_stride;
   problem.second = other != nullptr;
   if (problem.second)
-    if (const fq_status status = make_row_map<Element, S>(&second, params, other, stride); status != FQ_OK) return status;
+    if (const fq_status status = make_map(&second, other, stride)) return status;
+  if (kKind == PrologueKind::kRmsNorm)
+    if (const fq_status status = make_row_map<Element, S>(&gamma, params, prologue.norm->gamma, params.k, 1, 1)) return status;
 
   static_assert(shared_bytes<S, kKind>(S::kLeftInRegisters ? 2 : S::kTeams) <= kSharedMemory, "there is room for x");
   const int groups = (problem.rows + S::kRows - 1) / S::kRows;
@@ -873,17 +882,18 @@ fq_status launch_shape(const fq_flat_quantize_params& params, const Prologue& pr
   const int turns = (groups + blocks - 1) / blocks + (S::kLeftInRegisters ? 1 : 0);
   problem.stages = std::min(stages_for<S, kKind>(device), turns);
   const Launch launch = {dim3(unsigned(blocks)), dim3(1), S::kThreads, shared_bytes<S, kKind>(problem.stages), problem.constant_factors};
-  return launch_kernel("FlatQuantize wgmma_f16", flat_quantize<Element, S, kKind>, launch, stream, x, second, problem);
+  return launch_kernel("FlatQuantize wgmma_f16", flat_quantize<Element, S, kKind>, launch, stream, x, second, gamma, problem);
 }
 
 template <PrologueKind kKind>
 fq_status launch_kind(const fq_flat_quantize_params& params, const Prologue& prologue, const Problem& problem, const Device& device,
                       cudaStream_t stream) {
-  return with_shape<kKind>(params.n1, params.n2, [&](auto shape) {
+  const auto launch = [&](auto shape) {
     using S = decltype(shape);
     return params.dtype == FQ_FLOAT16 ? launch_shape<__half, S, kKind>(params, prologue, problem, device, stream)
                                       : launch_shape<__nv_bfloat16, S, kKind>(params, prologue, problem, device, stream);
-  });
+  };
+  return params.rows <= kFewRows ? with_shape<kKind, true>(params.n1, params.n2, launch) : with_shape<kKind, false>(params.n1, params.n2, launch);
 }
 
 fq_status launch(const fq_flat_quantize_params& params, const Prologue& prologue, const Device& device, cudaStream_t stream) {

@@ -27,6 +27,7 @@ using namespace sm90;
 constexpr int kBlockK = 128;            // what the layout orders: a row of activations is one 128-byte swizzle row
 constexpr int kWeightRow = kBlockK / 2;  // bytes of a row of weights in a block of K
 constexpr int kConsumers = 256;
+constexpr uint32_t kFull = 0xffffffffu;
 
 struct Problem {
   const float* scale;
@@ -45,10 +46,9 @@ struct Problem {
 using Operands = uint32_t[4][4];
 
 // A thread's 32 nibbles at `place` and those of the row 8 below.
-template <int kPitch>
 __device__ __forceinline__ void load_operands(Operands& a, const uint8_t* place) {
   const uint4 upper = *reinterpret_cast<const uint4*>(place);
-  const uint4 lower = *reinterpret_cast<const uint4*>(place + 8 * kPitch);
+  const uint4 lower = *reinterpret_cast<const uint4*>(place + 8 * kWeightRow);
   const uint32_t words[4][2] = {{upper.x, lower.x}, {upper.y, lower.y}, {upper.z, lower.z}, {upper.w, lower.w}};
 #pragma unroll
   for (int step = 0; step < 4; ++step)
@@ -73,23 +73,25 @@ __device__ __forceinline__ void settle(int32_t (&sums)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(sums[i])::"memory");
 }
 
-// A stage of the ring in shared memory: weights [kRows, 64 kBlocks bytes], then activations [kBlocks, kTokens, 128 bytes] in swizzled rows.
-template <int kRows, int kTokens, int kBlocks>
-struct Stage {
-  static constexpr int kWeightPitch = kBlocks * kWeightRow;
-  static constexpr int kWeightBytes = kRows * kWeightPitch;
+// Stages in shared memory: weights [kBlocks][rows, 64 bytes], then activations [kBlocks][kTokens, 128 bytes] in swizzled rows.
+template <int kTokens, int kBlocks>
+struct Ring {
   static constexpr int kTokenBytes = kTokens * kBlockK;  // of one block of K
-  static constexpr int kBytes = kWeightBytes + kBlocks * kTokenBytes;
-  static_assert(kWeightBytes % 1024 == 0 && kTokenBytes % 1024 == 0, "swizzled rows repeat every 1,024 bytes");
+  static_assert(kTokenBytes % 1024 == 0, "swizzled rows repeat every 1,024 bytes");
+  uint8_t* base;
+  int rows, stages;  // rows: a multiple of 16
+
+  __host__ __device__ static constexpr int bytes(int rows) { return kBlocks * (rows * kWeightRow + kTokenBytes); }
+  __device__ __forceinline__ uint8_t* weights(int stage, int block) const { return base + stage * bytes(rows) + block * rows * kWeightRow; }
+  __device__ __forceinline__ uint8_t* tokens(int stage, int block) const { return weights(stage, kBlocks) + block * kTokenBytes; }
 };
 
-// Where a ring of kStages stands: which stage, and the parity of its barriers.
-template <int kStages>
+// Where a ring stands: which stage, and the parity of its barriers.
 struct Cursor {
   int stage = 0;
   uint32_t parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
+  __device__ __forceinline__ void advance(int stages) {
+    if (++stage == stages) {
       stage = 0;
       parity ^= 1;
     }
@@ -108,41 +110,23 @@ struct Sums {
   }
 };
 
-// One warpgroup's product over `steps` blocks of K from the ring, kBlocks of each stage from `first_block` on. `row` is the thread's row in
-// the stage of its first tile, `release(stage)` gives a stage back, `group_scale(tile, half, step)` is the scale of row + 64 tile + 8 half.
-// kEager: a stage is given back as soon as it can be, for a ring that memory fills; else when the next one's products are under way, so
-// that the tensor cores never wait.
-template <typename Stage, int kTokens, int kTiles, int kBlocks, int kStages, bool kGrouped, bool kEager, typename Release, typename GroupScale>
-__device__ __forceinline__ void multiply(Sums<kTokens, kTiles, kGrouped>& sums, Cursor<kStages>& cursor, const uint8_t* ring, uint64_t* full,
-                                         int steps, int first_block, int row, int quad, Release release, GroupScale group_scale) {
-  static_assert(kBlocks <= 2, "the loop takes two steps at a time");
+// One warpgroup's product over the `steps` stages of a ring, a block of K each; a stage is given back when the next one's products are under
+// way, so that the tensor cores never wait. `row` is the thread's row in the stage of its first tile, `release(stage)` gives a stage back.
+template <int kTokens, int kTiles, typename Ring, typename Release>
+__device__ __forceinline__ void multiply(Sums<kTokens, kTiles, false>& sums, Cursor& cursor, const Ring& ring, uint64_t* full, int steps, int row,
+                                         int quad, Release release) {
   Operands a[2][kTiles];
-  constexpr bool kAhead = kTokens * kTiles <= 16;  // scales are asked for a step before: where there are registers for them
-  float next_scales[kTiles][2];
-  const uint32_t ring_address = shared_address(ring);
-  if constexpr (kGrouped) {
+  const auto load = [&](Operands(&operands)[kTiles]) {
+    barrier_wait(&full[cursor.stage], cursor.parity);
+    const uint8_t* place = ring.weights(cursor.stage, 0) + row * kWeightRow + quad * 16;
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-      for (int i = 0; i < kTokens / 2; ++i) sums.scaled[tile][i] = 0;
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) next_scales[tile][half] = kAhead ? group_scale(tile, half, 0) : 0.f;
-  }
-  // The weights of a block of K, into the registers of the products before the last: those have read them.
-  const auto load = [&](Operands(&operands)[kTiles], int block) {
-    if (block == 0) barrier_wait(&full[cursor.stage], cursor.parity);
-    const uint8_t* place = ring + cursor.stage * Stage::kBytes + row * Stage::kWeightPitch + (first_block + block) * kWeightRow + quad * 16;
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) load_operands<Stage::kWeightPitch>(operands[tile], place + 64 * tile * Stage::kWeightPitch);
+    for (int tile = 0; tile < kTiles; ++tile) load_operands(operands[tile], place + 64 * tile * kWeightRow);
   };
-  load(a[0], 0);
-  int previous = -1;  // the stage whose last products may still be reading
-  const auto step = [&](Operands(&now)[kTiles], Operands(&next)[kTiles], int index, int block) {
+  load(a[0]);
+  int previous = -1;  // the stage whose products may still be reading
+  const auto step = [&](Operands(&now)[kTiles], Operands(&next)[kTiles], int index) {
     const int stage = cursor.stage;
-    const bool last_of_stage = block + 1 == kBlocks;
-    const uint64_t tokens = descriptor_128b(ring_address + stage * Stage::kBytes + Stage::kWeightBytes + (first_block + block) * Stage::kTokenBytes);
+    const uint64_t tokens = descriptor_128b(shared_address(ring.tokens(stage, 0)));
     // Without this the compiler may move the unpacking past the fence, and fences again.
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
@@ -154,77 +138,42 @@ __device__ __forceinline__ void multiply(Sums<kTokens, kTiles, kGrouped>& sums, 
     for (int j = 0; j < 4; ++j)
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile)  // the descriptor counts in 16 bytes: 32 codes are two
-        WgmmaS8<kTokens>::run(sums.whole[tile], now[tile][j], tokens + 2 * j, j > 0 || (!kGrouped && index > 0));
+        WgmmaS8<kTokens>::run(sums.whole[tile], now[tile][j], tokens + 2 * j, j > 0 || index > 0);
     wgmma_commit();
-    if (last_of_stage) cursor.advance();
-    const int next_block = last_of_stage ? 0 : block + 1;
-    if constexpr (kGrouped) {
-      float scales[kTiles][2];
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          scales[tile][half] = kAhead ? next_scales[tile][half] : group_scale(tile, half, index);
-          if (kAhead && index + 1 < steps) next_scales[tile][half] = group_scale(tile, half, index + 1);
-        }
-      if (index + 1 < steps) load(next, next_block);
-      wgmma_wait<0>();
-      if (last_of_stage) release(stage);
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        settle(sums.whole[tile]);
-#pragma unroll
-        for (int i = 0; i < kTokens / 2; ++i)
-          sums.scaled[tile][i] = fmaf(__int2float_rn(sums.whole[tile][i]), scales[tile][i / 2 % 2], sums.scaled[tile][i]);
-      }
-    } else {
-      if (kEager && last_of_stage) {
-        wgmma_wait<0>();
-        release(stage);
-      } else {
-        wgmma_wait<1>();  // the step before has read its stage and its registers
-      }
-      if (!kEager && block == 0) {
-        if (previous >= 0) release(previous);
-        previous = stage;
-      }
-      if (index + 1 < steps) load(next, next_block);
-    }
+    cursor.advance(ring.stages);
+    wgmma_wait<1>();  // the step before has read its stage and its registers
+    if (previous >= 0) release(previous);
+    previous = stage;
+    if (index + 1 < steps) load(next);
   };
-  int index = 0;
-  for (; index + 1 < steps; index += 2) {
-    step(a[0], a[1], index, 0);
-    step(a[1], a[0], index + 1, kBlocks - 1);
+  for (int index = 0; index < steps; index += 2) {
+    step(a[0], a[1], index);
+    if (index + 1 < steps) step(a[1], a[0], index + 1);
   }
-  if (kBlocks == 1 && index < steps) step(a[0], a[1], index, 0);
-  if constexpr (!kGrouped) {
-    wgmma_wait<0>();
-    if (!kEager) release(previous);
+  wgmma_wait<0>();
+  release(previous);
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) settle(sums.whole[tile]);
-  }
+  for (int tile = 0; tile < kTiles; ++tile) settle(sums.whole[tile]);
 }
 
 // The same with a scale per block of K, for one tile of many tokens. Scaling takes as long as multiplying, so one warpgroup scales while the
 // other's products have the tensor cores: `turn` and `pass` keep them from falling into step.
-template <typename Stage, int kTokens, int kStages, typename Turn, typename Pass, typename Release, typename GroupScale>
-__device__ __forceinline__ void multiply_in_turns(Sums<kTokens, 1, true>& sums, Cursor<kStages>& cursor, const uint8_t* ring, uint64_t* full,
-                                                  int steps, int row, int quad, Turn turn, Pass pass, Release release,
-                                                  GroupScale group_scale) {
+template <int kTokens, typename Ring, typename Turn, typename Pass, typename Release, typename GroupScale>
+__device__ __forceinline__ void multiply_in_turns(Sums<kTokens, 1, true>& sums, Cursor& cursor, const Ring& ring, uint64_t* full, int steps,
+                                                  int row, int quad, Turn turn, Pass pass, Release release, GroupScale group_scale) {
   Operands a[2];
   auto& whole = sums.whole[0];
   auto& scaled = sums.scaled[0];
-  const uint32_t ring_address = shared_address(ring);
 #pragma unroll
   for (int i = 0; i < kTokens / 2; ++i) scaled[i] = 0;
   const auto load = [&](Operands& operands, int stage) {
-    load_operands<Stage::kWeightPitch>(operands, ring + stage * Stage::kBytes + row * Stage::kWeightPitch + quad * 16);
+    load_operands(operands, ring.weights(stage, 0) + row * kWeightRow + quad * 16);
   };
   barrier_wait(&full[cursor.stage], cursor.parity);
   load(a[0], cursor.stage);
   const auto step = [&](Operands& now, Operands& next, int index) {
     const int stage = cursor.stage;
-    const uint64_t tokens = descriptor_128b(ring_address + stage * Stage::kBytes + Stage::kWeightBytes);
+    const uint64_t tokens = descriptor_128b(shared_address(ring.tokens(stage, 0)));
     const float scales[2] = {group_scale(0, 0, index), group_scale(0, 1, index)};
     turn();
     settle(now);
@@ -234,7 +183,7 @@ __device__ __forceinline__ void multiply_in_turns(Sums<kTokens, 1, true>& sums, 
     for (int j = 0; j < 4; ++j) WgmmaS8<kTokens>::run(whole, now[j], tokens + 2 * j, j > 0);
     wgmma_commit();
     pass();
-    cursor.advance();
+    cursor.advance(ring.stages);
     if (index + 1 < steps) {
       barrier_wait(&full[cursor.stage], cursor.parity);
       load(next, cursor.stage);
@@ -248,6 +197,93 @@ __device__ __forceinline__ void multiply_in_turns(Sums<kTokens, 1, true>& sums, 
   for (int index = 0; index < steps; index += 2) {
     step(a[0], a[1], index);
     if (index + 1 < steps) step(a[1], a[0], index + 1);
+  }
+}
+
+// One warpgroup's part of the product over `stages` stages: of each, kMine blocks of K from `first_block` on, for kTiles tiles of which the
+// thread's first row is `row`. A stage is given back as soon as it has been read: memory fills the ring. What a warp does besides unpacking
+// counts, for four of them share a scheduler: hence the straight line over a stage. `group_scale(tile, half, stage, block)` is the scale of
+// row + 64 tile + 8 half.
+template <int kMine, int kTokens, int kTiles, bool kGrouped, typename Ring, typename Release, typename GroupScale>
+__device__ __forceinline__ void multiply_few(Sums<kTokens, kTiles, kGrouped>& sums, const Ring& ring, uint64_t* full, int stages,
+                                             int first_block, int row, int quad, Release release, GroupScale group_scale) {
+  constexpr int kSteps = kMine * kTiles;  // of a stage: a tile's block of K each
+  Operands a[2];
+  Cursor cursor;
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) {
+      if constexpr (kGrouped)
+        sums.scaled[tile][i] = 0;
+      else
+        sums.whole[tile][i] = 0;
+    }
+  const auto load = [&](Operands& operands, int step) {
+    load_operands(operands, ring.weights(cursor.stage, first_block + step / kTiles) + (row + 64 * (step % kTiles)) * kWeightRow + quad * 16);
+  };
+  const auto take = [&](Operands& first, Operands& second, int index) {
+    const int stage = cursor.stage;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int tile = step % kTiles, block = step / kTiles;
+      Operands& now = step % 2 == 0 ? first : second;
+      Operands& next = step % 2 == 0 ? second : first;
+      int32_t(&whole)[kTokens / 2] = sums.whole[kGrouped ? 0 : tile];
+      float scales[2];
+      if constexpr (kGrouped) {
+        scales[0] = group_scale(tile, 0, index, block);
+        scales[1] = group_scale(tile, 1, index, block);
+      }
+      const uint64_t tokens = descriptor_128b(shared_address(ring.tokens(stage, first_block + block)));
+      settle(now);
+      settle(whole);
+      wgmma_fence();
+#pragma unroll
+      for (int j = 0; j < 4; ++j) WgmmaS8<kTokens>::run(whole, now[j], tokens + 2 * j, !kGrouped || j > 0);
+      wgmma_commit();
+      if (step + 1 < kSteps) {
+        wgmma_wait<1>();  // the step before has read its registers
+        load(next, step + 1);
+      } else {
+        // What is there already is unpacked beside these products; else they are done first, and their stage on its way back.
+        cursor.advance(ring.stages);
+        const bool more = index + 1 < stages;
+        const bool there = more && __all_sync(kFull, barrier_test(&full[cursor.stage], cursor.parity));
+        wgmma_wait<1>();
+        if (there) load(next, 0);
+        wgmma_wait<0>();
+        release(stage);
+        if (more && !there) {
+          barrier_wait(&full[cursor.stage], cursor.parity);
+          load(next, 0);
+        }
+      }
+      if constexpr (kGrouped) {
+        wgmma_wait<0>();
+        settle(whole);
+#pragma unroll
+        for (int i = 0; i < kTokens / 2; ++i)
+          sums.scaled[tile][i] = fmaf(__int2float_rn(whole[i]), scales[i / 2 % 2], sums.scaled[tile][i]);
+      }
+    }
+  };
+  if (stages == 0) return;  // K has fewer than one for each block of the cluster
+  barrier_wait(&full[0], 0);
+  load(a[0], 0);
+  if constexpr (kSteps % 2 == 0) {
+#pragma unroll 1
+    for (int index = 0; index < stages; ++index) take(a[0], a[1], index);
+  } else {
+#pragma unroll 1
+    for (int index = 0; index < stages; index += 2) {
+      take(a[0], a[1], index);
+      if (index + 1 < stages) take(a[1], a[0], index + 1);
+    }
+  }
+  if constexpr (!kGrouped) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) settle(sums.whole[tile]);
   }
 }
 
@@ -281,9 +317,9 @@ constexpr int kTokenTileGroup = 8;   // token tiles that are worked on side by s
 template <int kTokens, int kTiles, int kStages>
 struct ManyTokens {
   static constexpr int kRows = 2 * 64 * kTiles;
-  using Stage = Stage<kRows, kTokens, 1>;
+  static constexpr int kStageBytes = Ring<kTokens, 1>::bytes(kRows);
   struct Shared {
-    alignas(1024) uint8_t ring[kStages * Stage::kBytes];
+    alignas(1024) uint8_t ring[kStages * kStageBytes];
     alignas(1024) uint8_t out[2][2][kChunkBytes];  // [warpgroup][alternating]
     float scale[2][kTokens];
     uint64_t full[kStages];
@@ -313,10 +349,10 @@ __global__ void __launch_bounds__(kConsumers + 128, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   static_assert(!kGrouped || kTiles == 1, "the integer and the fp32 sums of one tile fill the registers");
   using Kernel = ManyTokens<kTokens, kTiles, kStages>;
-  using Stage = typename Kernel::Stage;
   let_next_begin();
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& shared = *reinterpret_cast<typename Kernel::Shared*>(raw);
+  const Ring<kTokens, 1> ring = {shared.ring, Kernel::kRows, kStages};
   const int warpgroup = threadIdx.x / 128;
   const uint32_t rank = cluster_rank();
   const int row_pairs = (p.n + kPair * Kernel::kRows - 1) / (kPair * Kernel::kRows);
@@ -339,7 +375,7 @@ __global__ void __launch_bounds__(kConsumers + 128, 1)
     if (threadIdx.x == 0) {
       prefetch_tensor_map(&w_map);
       prefetch_tensor_map(&q_map);
-      Cursor<kStages> cursor;
+      Cursor cursor;
       cursor.parity = 1;  // a fresh barrier has completed the phase before its first
       for (int index = blockIdx.x / kPair; index < tiles; index += clusters) {
         const Tile tile = tile_at(index, row_pairs, token_tiles);
@@ -347,13 +383,12 @@ __global__ void __launch_bounds__(kConsumers + 128, 1)
         const int token = tile.tokens * kTokens + int(rank) * (kTokens / kPair);
         for (int step = 0; step < p.steps; ++step) {
           barrier_wait(&shared.empty[cursor.stage], cursor.parity);
-          uint8_t* stage = shared.ring + cursor.stage * Stage::kBytes;
           uint64_t* full = &shared.full[cursor.stage];
-          barrier_expect(full, Stage::kBytes);
-          copy_box(stage, &w_map, full, step * kWeightRow, row, Keep::kNormal);
-          copy_box_to(stage + Stage::kWeightBytes + int(rank) * (Stage::kTokenBytes / kPair), &q_map, full, step * kBlockK, token,
+          barrier_expect(full, Kernel::kStageBytes);
+          copy_box(ring.weights(cursor.stage, 0), &w_map, full, step * kWeightRow, row, Keep::kNormal);
+          copy_box_to(ring.tokens(cursor.stage, 0) + int(rank) * (ring.kTokenBytes / kPair), &q_map, full, step * kBlockK, token,
                       (1 << kPair) - 1, Keep::kNormal);
-          cursor.advance();
+          cursor.advance(kStages);
         }
       }
     }
@@ -365,7 +400,7 @@ __global__ void __launch_bounds__(kConsumers + 128, 1)
     const int quad = lane % 4;
     const int row_in_warpgroup = thread / 32 * 16 + lane / 4;
     if (kGrouped && consumer == 1) named_barrier_arrive(kTurn, kConsumers);  // the other warpgroup begins
-    Cursor<kStages> cursor;
+    Cursor cursor;
     int chunks = 0;
     for (int index = blockIdx.x / kPair; index < tiles; index += clusters) {
       const Tile tile = tile_at(index, row_pairs, token_tiles);
@@ -398,13 +433,12 @@ __global__ void __launch_bounds__(kConsumers + 128, 1)
         const float* group_scales[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) group_scales[half] = p.w_scale + size_t(min(row0 + row_in_warpgroup + 8 * half, p.n - 1)) * p.steps;
-        multiply_in_turns<Stage>(
-            sums, cursor, shared.ring, shared.full, p.steps, row, quad, [&] { named_barrier(kTurn + consumer, kConsumers); },
+        multiply_in_turns(
+            sums, cursor, ring, shared.full, p.steps, row, quad, [&] { named_barrier(kTurn + consumer, kConsumers); },
             [&] { named_barrier_arrive(kTurn + 1 - consumer, kConsumers); }, release,
             [&](int, int half, int step) { return __ldg(group_scales[half] + step); });
       } else {
-        multiply<Stage, kTokens, kTiles, 1, kStages, false, false>(sums, cursor, shared.ring, shared.full, p.steps, 0, row, quad, release,
-                                                            [](int, int, int) { return 1.f; });
+        multiply(sums, cursor, ring, shared.full, p.steps, row, quad, release);
       }
 
 #pragma unroll
@@ -468,35 +502,53 @@ __global__ void __launch_bounds__(kConsumers + 128, 1)
 template <int kTokens, bool kGrouped>
 constexpr int kFewWarpgroups = kGrouped && kTokens == 64 ? 2 : 4;
 
-// More than the memory's latency asks for; what is left of a multiprocessor lets the quantizer before stay while the weights come in.
-constexpr int kFewRing = 152 * 1024;
+// How many of them share a tile and take its blocks of K in turn: as many as there are registers (and shared memory) for their sums.
+template <int kTokens, int kTiles, bool kGrouped>
+constexpr int few_slots() {
+  constexpr int kAll = kFewWarpgroups<kTokens, kGrouped>, kMostTokens = kGrouped && kTokens < 64 ? 32 : 64;  // of a warpgroup, in all tiles
+  int slots = kAll;
+  while (kTokens * kTiles * slots > kMostTokens * kAll) slots /= 2;
+  return slots;
+}
 
-template <int kTokens, int kTiles, int kWarpgroups>
+// More than the memory's latency asks for; what is left of a multiprocessor lets the quantizer before stay while the weights come in.
+constexpr int kFewRing = 144 * 1024;
+
+// Blocks of `rows` channels, at most 64 kTiles and more than 64 (kTiles - 1).
+template <int kTokens, int kTiles, bool kGrouped>
 struct FewTokens {
+  static constexpr int kWarpgroups = kFewWarpgroups<kTokens, kGrouped>;
   static constexpr int kConsumers = 128 * kWarpgroups;
-  static constexpr int kRows = 64 * kTiles;                // at most: a block has as many as share out evenly
-  static constexpr int kSlots = kWarpgroups / kTiles;      // warpgroups of a tile, which take its blocks of K in turn
-  static constexpr int kBlocks = kSlots > 2 ? kSlots : 2;  // of a stage: whole lines of the memory
-  static constexpr int kMine = kBlocks / kSlots;           // of a warpgroup
-  using Stage = Stage<kRows, kTokens, kBlocks>;
+  static constexpr int kRows = 64 * kTiles;
+  static constexpr int kSlots = few_slots<kTokens, kTiles, kGrouped>();
+  static constexpr int kOwnTiles = kTiles * kSlots / kWarpgroups;  // of a warpgroup
+  static constexpr int kMine = kOwnTiles == 1 && (kSlots == 1 || kTokens <= 16) ? 2 : 1;  // blocks of a stage that a warpgroup takes
+  static constexpr int kBlocks = kSlots * kMine;
+  using Ring = fq::Ring<kTokens, kBlocks>;
   static constexpr int kPitch = kRows + 4;  // 32-bit words a token: rows of a column fall into different banks
-  static constexpr int kStages = (kFewRing - kTokens * 4) / (Stage::kBytes + 16);
+  static constexpr int kMostStages = 16;
   struct Sums {
     int32_t own[kSlots * kTokens * kPitch];
     int32_t others[kSlots * kTokens * kPitch];  // [other block][slot][tokens that this block finishes][kPitch]
   };
   struct Shared {
     union {
-      alignas(1024) uint8_t ring[kStages * Stage::kBytes];
+      alignas(1024) uint8_t ring[kFewRing];
       Sums sums;  // when nothing is in the ring any more
     };
     float scale[kTokens];
-    uint64_t full[kStages];
-    uint64_t empty[kStages];
+    alignas(16) float w_scale[kRows];
+    alignas(16) float bias[kRows];
+    uint64_t full[kMostStages];
+    uint64_t empty[kMostStages];
     uint64_t arrived;  // the others' sums
   };
   static constexpr int kSharedBytes = sizeof(Shared);
-  static_assert(kSharedBytes <= 227 * 1024, "more than a multiprocessor has");
+  static_assert(kOwnTiles * kWarpgroups == kTiles * kSlots, "whole tiles");
+  static_assert(2 * Ring::bytes(kRows) <= kFewRing && sizeof(Sums) <= kFewRing, "room for two stages, and for the sums");
+  static_assert(kRows <= kConsumers, "a thread a channel");
+  // The rows that the last tile lacks are read from what comes next in the stage; their sums are not used.
+  static_assert(48 * kWeightRow <= kBlocks * Ring::kTokenBytes, "there is something next");
 };
 
 // Grid: row tiles of `rows`, splits of K (the cluster), token tiles.
@@ -504,11 +556,11 @@ template <int kTokens, int kTiles, bool kGrouped>
 __global__ void __launch_bounds__(128 * kFewWarpgroups<kTokens, kGrouped> + 32, 1)
     few_tokens(const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap q_map, const Problem p, const int rows) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using Kernel = FewTokens<kTokens, kTiles, kFewWarpgroups<kTokens, kGrouped>>;
-  using Stage = typename Kernel::Stage;
-  constexpr int kStages = Kernel::kStages, kBlocks = Kernel::kBlocks, kSlots = Kernel::kSlots, kConsumers = Kernel::kConsumers;
+  using Kernel = FewTokens<kTokens, kTiles, kGrouped>;
+  constexpr int kBlocks = Kernel::kBlocks, kSlots = Kernel::kSlots, kConsumers = Kernel::kConsumers;
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& shared = *reinterpret_cast<typename Kernel::Shared*>(raw);
+  const typename Kernel::Ring ring = {shared.ring, rows, min(kFewRing / Kernel::Ring::bytes(rows), Kernel::kMostStages)};
   const int splits = gridDim.y;
   const int split = blockIdx.y;
   const int row0 = blockIdx.x * rows;
@@ -518,28 +570,25 @@ __global__ void __launch_bounds__(128 * kFewWarpgroups<kTokens, kGrouped> + 32, 
   const int stages = all * (split + 1) / splits - first;
 
   const auto fill_weights = [&](int i, int stage) {
-    barrier_expect(&shared.full[stage], rows * Stage::kWeightPitch + kBlocks * Stage::kTokenBytes);
-    copy_box(shared.ring + stage * Stage::kBytes, &w_map, &shared.full[stage], (first + i) * Stage::kWeightPitch, row0, Keep::kFirstOut);
+    barrier_expect(&shared.full[stage], ring.bytes(rows));
+    copy_box(ring.weights(stage, 0), &w_map, &shared.full[stage], 0, row0, (first + i) * kBlocks, Keep::kFirstOut);
   };
   const auto fill_tokens = [&](int i, int stage) {
-    uint8_t* place = shared.ring + stage * Stage::kBytes + Stage::kWeightBytes;
-#pragma unroll
-    for (int block = 0; block < kBlocks; ++block)
-      copy_box(place + block * Stage::kTokenBytes, &q_map, &shared.full[stage], ((first + i) * kBlocks + block) * kBlockK, token0, Keep::kLastOut);
+    copy_box(ring.tokens(stage, 0), &q_map, &shared.full[stage], 0, token0, (first + i) * kBlocks, Keep::kLastOut);
   };
   let_next_begin();
   if (!p.constant_weights) wait_for_work_before();
   if (threadIdx.x == kConsumers) {
-    for (int i = 0; i < kStages; ++i) {
+    for (int i = 0; i < ring.stages; ++i) {
       barrier_init(&shared.full[i], 1);
       barrier_init(&shared.empty[i], kConsumers / 32);
     }
     barrier_init(&shared.arrived, 1);
     fence_barrier_init();
     // An empty ring: nothing to wait for. Weights that nobody writes are on their way while the work before makes the tokens.
-    for (int i = 0; i < min(kStages, stages); ++i) fill_weights(i, i);
+    for (int i = 0; i < min(ring.stages, stages); ++i) fill_weights(i, i);
     wait_for_work_before();
-    for (int i = 0; i < min(kStages, stages); ++i) fill_tokens(i, i);
+    for (int i = 0; i < min(ring.stages, stages); ++i) fill_tokens(i, i);
   }
   __syncthreads();
 
@@ -551,12 +600,12 @@ __global__ void __launch_bounds__(128 * kFewWarpgroups<kTokens, kGrouped> + 32, 
         prefetch_second_level(p.w_scale + size_t(min(row0 + i / lines, p.n - 1)) * p.steps + first * kBlocks + i % lines * 32);
     }
     if (threadIdx.x == kConsumers) {
-      Cursor<kStages> cursor;
-      for (int i = kStages; i < stages; ++i) {
+      Cursor cursor;
+      for (int i = ring.stages; i < stages; ++i) {
         barrier_wait(&shared.empty[cursor.stage], cursor.parity);
         fill_weights(i, cursor.stage);
         fill_tokens(i, cursor.stage);
-        cursor.advance();
+        cursor.advance(ring.stages);
       }
     }
     __syncwarp();
@@ -569,45 +618,44 @@ __global__ void __launch_bounds__(128 * kFewWarpgroups<kTokens, kGrouped> + 32, 
     return;
   }
 
-  // What the epilogue will want is asked for now: a thread finishes four neighbouring channels of some tokens.
-  constexpr int kQuads = Kernel::kRows / 4;
-  const int channel = threadIdx.x % kQuads * 4;
-  const bool channel_exists = channel < rows && row0 + channel < p.n;
-  float w_scale[4], bias[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {  // single values: only q, w and y are aligned to more
-    w_scale[i] = !kGrouped && channel_exists ? __ldg(p.w_scale + row0 + channel + i) : 1.f / 16;
-    bias[i] = p.bias != nullptr && channel_exists ? __ldg(p.bias + row0 + channel + i) : 0.f;
+  // What the epilogue will want is asked for now.
+  if (threadIdx.x < Kernel::kRows) {
+    const int channel = row0 + threadIdx.x;
+    const bool exists = int(threadIdx.x) < rows && channel < p.n;
+    shared.w_scale[threadIdx.x] = !kGrouped && exists ? __ldg(p.w_scale + channel) : 1.f / 16;
+    shared.bias[threadIdx.x] = p.bias != nullptr && exists ? __ldg(p.bias + channel) : 0.f;
   }
   wait_for_work_before();
-  float token_scale = 0;
-  if (threadIdx.x < kTokens && token0 + threadIdx.x < p.m) token_scale = __ldg(p.scale + token0 + threadIdx.x);
+  if (threadIdx.x < kTokens) shared.scale[threadIdx.x] = token0 + threadIdx.x < p.m ? __ldg(p.scale + token0 + threadIdx.x) : 0.f;
 
   const int lane = threadIdx.x % 32;
   const int quad = lane % 4;
-  const int slot = threadIdx.x / 128 / kTiles;
-  const int row = threadIdx.x / 128 % kTiles * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
-  Cursor<kStages> cursor;
-  Sums<kTokens, 1, kGrouped> sums;
-  multiply<Stage, kTokens, 1, Kernel::kMine, kStages, kGrouped, true>(
-      sums, cursor, shared.ring, shared.full, stages * Kernel::kMine, slot * Kernel::kMine, row, quad,
+  const int slot = threadIdx.x / 128 % kSlots;
+  const int row = threadIdx.x / 128 / kSlots * Kernel::kOwnTiles * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
+  Sums<kTokens, Kernel::kOwnTiles, kGrouped> sums;
+  multiply_few<Kernel::kMine>(
+      sums, ring, shared.full, stages, slot * Kernel::kMine, row, quad,
       [&](int stage) {
         if (lane == 0) barrier_arrive(&shared.empty[stage]);
       },
-      [&](int, int half, int step) {
-        const int block = (first + step / Kernel::kMine) * kBlocks + slot * Kernel::kMine + step % Kernel::kMine;
-        return __ldg(p.w_scale + size_t(min(row0 + row + 8 * half, p.n - 1)) * p.steps + min(block, p.steps - 1));
+      [&](int tile, int half, int stage, int block) {
+        const int group = (first + stage) * kBlocks + slot * Kernel::kMine + block;
+        return __ldg(p.w_scale + size_t(min(row0 + row + 64 * tile + 8 * half, p.n - 1)) * p.steps + min(group, p.steps - 1));
       });
 
-  if (threadIdx.x < kTokens) shared.scale[threadIdx.x] = token_scale;
-  named_barrier(1, kConsumers);  // both warpgroups have read the ring for the last time
+  named_barrier(1, kConsumers);  // all have read the ring for the last time
   if (splits > 1) cluster_arrive_relaxed();
 #pragma unroll
-  for (int i = 0; i < kTokens / 2; ++i) {
-    int32_t value = sums.whole[0][i] >> 4;
-    if constexpr (kGrouped) value = __float_as_int(sums.scaled[0][i]);
-    shared.sums.own[(slot * kTokens + i / 4 * 8 + quad * 2 + i % 2) * Kernel::kPitch + row + i / 2 % 2 * 8] = value;
-  }
+  for (int tile = 0; tile < Kernel::kOwnTiles; ++tile)
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) {
+      int32_t value;
+      if constexpr (kGrouped)
+        value = __float_as_int(sums.scaled[tile][i]);
+      else
+        value = sums.whole[tile][i] >> 4;
+      shared.sums.own[(slot * kTokens + i / 4 * 8 + quad * 2 + i % 2) * Kernel::kPitch + row + 64 * tile + i / 2 % 2 * 8] = value;
+    }
   // Every block of the cluster finishes some of the tokens: their sums go there.
   const int share = kTokens / splits;
   const uint32_t share_bytes = share * Kernel::kPitch * 4;
@@ -632,9 +680,15 @@ __global__ void __launch_bounds__(128 * kFewWarpgroups<kTokens, kGrouped> + 32, 
     named_barrier(1, kConsumers);
   }
 
+  // A thread finishes four neighbouring channels of some tokens.
+  constexpr int kQuads = Kernel::kRows / 4, kAtOnce = kConsumers / kQuads;
+  const int channel = threadIdx.x % kQuads * 4;
+  const bool channel_exists = channel < rows && row0 + channel < p.n;
+  const float4 w_scale = *reinterpret_cast<const float4*>(shared.w_scale + channel);
+  const float4 bias = *reinterpret_cast<const float4*>(shared.bias + channel);
   const int tokens = min(kTokens, p.m - token0);
 #pragma unroll 1
-  for (int i = threadIdx.x / kQuads; i < share; i += kConsumers / kQuads) {
+  for (int i = threadIdx.x < kAtOnce * kQuads ? threadIdx.x / kQuads : share; i < share; i += kAtOnce) {
     const int token = split * share + i;
     if (token >= tokens || !channel_exists) break;
     float4 sum = {};
@@ -653,8 +707,8 @@ __global__ void __launch_bounds__(128 * kFewWarpgroups<kTokens, kGrouped> + 32, 
     if constexpr (!kGrouped)
       sum = make_float4(__int2float_rn(whole.x), __int2float_rn(whole.y), __int2float_rn(whole.z), __int2float_rn(whole.w));
     const float scale = shared.scale[token];
-    const float y[4] = {finish(sum.x, w_scale[0], scale, bias[0]), finish(sum.y, w_scale[1], scale, bias[1]),
-                        finish(sum.z, w_scale[2], scale, bias[2]), finish(sum.w, w_scale[3], scale, bias[3])};
+    const float y[4] = {finish(sum.x, w_scale.x, scale, bias.x), finish(sum.y, w_scale.y, scale, bias.y),
+                        finish(sum.z, w_scale.z, scale, bias.z), finish(sum.w, w_scale.w, scale, bias.w)};
     const size_t at = size_t(token0 + token) * p.n + row0 + channel;
     if (p.dtype == FQ_FLOAT)
       *reinterpret_cast<float4*>(static_cast<float*>(p.y) + at) = make_float4(y[0], y[1], y[2], y[3]);
@@ -682,6 +736,13 @@ Matrix codes_of(const fq_w4a4_gemm_params& p) {
   return {p.q, uint64_t(p.m), uint64_t(p.k), uint64_t(p.k), CU_TENSOR_MAP_DATA_TYPE_UINT8, 1};
 }
 
+// A map for boxes of some rows' bytes in some blocks of K, which leave one block after the other.
+fq_status make_blocks_map(CUtensorMap* map, const Matrix& matrix, uint32_t block_bytes, uint32_t rows, uint32_t blocks,
+                          CUtensorMapSwizzle swizzle) {
+  return make_tensor_map<3>(map, matrix.data, matrix.type, {block_bytes, matrix.rows, matrix.columns / block_bytes},
+                            {matrix.row_bytes, block_bytes}, {block_bytes, rows, blocks}, swizzle);
+}
+
 template <int kTokens, int kTiles, int kStages, bool kGrouped>
 fq_status launch_many(const fq_w4a4_gemm_params& p, const Device& device, cudaStream_t stream) {
   using Kernel = ManyTokens<kTokens, kTiles, kStages>;
@@ -700,13 +761,15 @@ fq_status launch_many(const fq_w4a4_gemm_params& p, const Device& device, cudaSt
 }
 
 // How few_tokens shares out the work: blocks of `rows` channels (a multiple of 16) and a `splits`-th of K; `cost` in bytes that a
-// multiprocessor takes in: weights from memory, tokens from the second-level cache, and what adding up and a second wave take in the meantime.
+// multiprocessor takes in: weights from memory, tokens from the second-level cache, and in the time that it takes to unpack whole tiles, to add
+// up and to run a second wave.
 struct Shares {
   int rows, splits;
   double cost;
 };
 
 Shares share_out(const fq_w4a4_gemm_params& p, int tokens, int most_rows, int splits, int multiprocessors) {
+  constexpr double kUnpack = 1000, kAddUp[] = {0, 29e3, 90e3, 180e3}, kWave = 60e3;  // fitted to measurements
   const int64_t steps = p.k / kBlockK, token_tiles = (p.m + tokens - 1) / tokens;
   // Clusters of more than two lose the multiprocessors that do not make up one in their part of the chip.
   const int64_t blocks = std::max<int64_t>(1, (splits > 2 ? multiprocessors * 9 / 10 : multiprocessors) / splits / token_tiles);
@@ -715,19 +778,21 @@ Shares share_out(const fq_w4a4_gemm_params& p, int tokens, int most_rows, int sp
     ++waves;
     rows = ((p.n + blocks * waves - 1) / (blocks * waves) + 15) / 16 * 16;
   }
-  const double bytes = (rows * 64. + tokens * 128. * 0.3) * double((steps + splits - 1) / splits) * double(waves);
-  return {int(rows), splits, bytes + (splits > 1 ? 80e3 : 0) + 60e3 * double(waves - 1)};
+  const double step = rows * 64. + tokens * 128. * 0.3 + double((rows + 63) / 64) * kUnpack;
+  const double add_up = splits == 1 ? kAddUp[0] : splits == 2 ? kAddUp[1] : splits == 4 ? kAddUp[2] : kAddUp[3];
+  return {int(rows), splits, step * double((steps + splits - 1) / splits) * double(waves) + add_up + kWave * double(waves - 1)};
 }
 
 constexpr int kMostSplits = 8;
 
 template <int kTokens, int kTiles, bool kGrouped>
 fq_status launch_few_rows(const fq_w4a4_gemm_params& p, Shares shares, cudaStream_t stream) {
-  using Kernel = FewTokens<kTokens, kTiles, kFewWarpgroups<kTokens, kGrouped>>;
+  using Kernel = FewTokens<kTokens, kTiles, kGrouped>;
   CUtensorMap w_map, q_map;
-  if (const fq_status status = make_tensor_map(&w_map, weights_of(p), shares.rows, Kernel::Stage::kWeightPitch, CU_TENSOR_MAP_SWIZZLE_NONE))
+  if (const fq_status status = make_blocks_map(&w_map, weights_of(p), kWeightRow, shares.rows, Kernel::kBlocks, CU_TENSOR_MAP_SWIZZLE_NONE))
     return status;
-  if (const fq_status status = make_tensor_map(&q_map, codes_of(p), kTokens, kBlockK, CU_TENSOR_MAP_SWIZZLE_128B)) return status;
+  if (const fq_status status = make_blocks_map(&q_map, codes_of(p), kBlockK, kTokens, Kernel::kBlocks, CU_TENSOR_MAP_SWIZZLE_128B))
+    return status;
   const Launch launch = {dim3(unsigned((p.n + shares.rows - 1) / shares.rows), unsigned(shares.splits), unsigned((p.m + kTokens - 1) / kTokens)),
                          dim3(1, unsigned(shares.splits), 1), Kernel::kConsumers + 32, Kernel::kSharedBytes, p.constant_weights != 0};
   return launch_kernel(kName, few_tokens<kTokens, kTiles, kGrouped>, launch, stream, w_map, q_map, problem_of(p), shares.rows);
@@ -741,13 +806,20 @@ fq_status launch_few(const fq_w4a4_gemm_params& p, const Device& device, int spl
     const Shares other = share_out(p, kTokens, 64 * kMostTiles, more, device.multiprocessors);
     if (splits != 0 || other.cost < shares.cost) shares = other;
   }
-  if (shares.rows > 128) return launch_few_rows<kTokens, kMostTiles, kGrouped>(p, shares, stream);
-  if (shares.rows > 64) return launch_few_rows<kTokens, 2, kGrouped>(p, shares, stream);
-  return launch_few_rows<kTokens, 1, kGrouped>(p, shares, stream);
+  const int tiles = (shares.rows + 63) / 64;
+  if (tiles == 1) return launch_few_rows<kTokens, 1, kGrouped>(p, shares, stream);
+  if (tiles == 2) return launch_few_rows<kTokens, 2, kGrouped>(p, shares, stream);
+  if constexpr (kMostTiles > 2) {
+    if constexpr (few_slots<kTokens, 3, kGrouped>() == kMostTiles)
+      if (tiles == 3) return launch_few_rows<kTokens, 3, kGrouped>(p, shares, stream);
+    return launch_few_rows<kTokens, 4, kGrouped>(p, shares, stream);
+  }
+  return fail(FQ_UNSUPPORTED, "%s: %d channels to a block", kName, shares.rows);
 }
 
 template <bool kGrouped>
 fq_status launch_few_tokens(const fq_w4a4_gemm_params& p, const Device& device, int splits, cudaStream_t stream) {  // 0: from the shape
+  if (p.m <= 8) return launch_few<8, kGrouped>(p, device, splits, stream);
   if (p.m <= 16) return launch_few<16, kGrouped>(p, device, splits, stream);
   if (p.m <= 32) return launch_few<32, kGrouped>(p, device, splits, stream);
   return launch_few<64, kGrouped>(p, device, splits, stream);

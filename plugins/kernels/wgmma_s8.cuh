@@ -11,6 +11,22 @@ template <int kN>
 struct WgmmaS8;
 
 template <>
+struct WgmmaS8<8> {
+  __device__ __forceinline__ static void run(int32_t (&d)[4], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.b32 p, %9, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n8k32.s32.s8.s8 {"
+        "%0, %1, %2, %3"
+        "}, {%4, %5, %6, %7}, %8, p;\n"
+        "}\n"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+  }
+};
+
+template <>
 struct WgmmaS8<16> {
   __device__ __forceinline__ static void run(int32_t (&d)[8], const uint32_t (&a)[4], uint64_t b, int accumulate) {
     asm volatile(
