@@ -131,6 +131,8 @@ def build(
         raise UsageError("schemes of single groups (--group-scheme) and a choice of schemes (--avg-bits, --mix) exclude each other")
     if mix is not None and mix.avg_bits is None and max_error is None:
         raise UsageError("--mix needs a bound: give --avg-bits or --max-error")
+    if profiles and engine == "onnxruntime":
+        raise UsageError("shapes are for --engine tensorrt and tensorrt-rtx, ONNX Runtime takes any: leave out --min-shapes and the like")
     if recipe.kv != "none" and engine != "onnxruntime":
         raise UsageError(f"--kv {recipe.kv} is for --engine onnxruntime, not {engine}: leave out --kv, or build for ONNX Runtime")
     builder = engine_named(engine)

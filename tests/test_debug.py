@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fqonnx import artifact
 from fqonnx.artifact import open_artifact
 from fqonnx.build import FloatModel, build
+from fqonnx.calib.solution import GroupSolution
 from fqonnx.debug import Bisection, Step, StoredSolutions, bisect
 from fqonnx.errors import ArtifactError, DataError, ModelError, UsageError
 from fqonnx.recipe import Recipe
@@ -103,6 +104,13 @@ def test_what_is_stored_is_what_was_solved(tmp_path, recipe, target, monkeypatch
             left, right = getattr(found, part), getattr(expected, part)
             assert (left is None) == (right is None)
             assert left is None or np.array_equal(left, right)
+
+
+def test_every_part_of_a_solution_is_read_back():
+    """A new field is one that ``StoredSolutions`` has to read, or bisection measures another build."""
+    read = {"group", "channel_scale", "left", "right", "clip", "codes", "scales"}
+    told = {"metrics", "profile_before", "profile_after"}
+    assert set(GroupSolution.__dataclass_fields__) == read | told
 
 
 # --- bisection --------------------------------------------------------------------------------------------------------------------------

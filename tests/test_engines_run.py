@@ -128,6 +128,12 @@ def test_a_build_without_an_engine(tmp_path):
         verify(model, tmp_path / "out", [], engine=True)
 
 
+def test_shapes_are_for_engines(tmp_path):
+    done = run("build", write_mlp(tmp_path / "m.onnx"), "-o", tmp_path / "out", "--random-calibration", "--max-shapes", f"x:8x{K}")
+    assert done.code == 2
+    assert "shapes are for --engine tensorrt and tensorrt-rtx" in one_line(done.stderr)
+
+
 # --- profiles ---------------------------------------------------------------------------------------------------------------------------
 
 TWO = report(

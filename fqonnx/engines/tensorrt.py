@@ -350,7 +350,8 @@ def require_taken(flavour: Flavour, layers: Sequence[NetworkLayer], origin: Orig
     plugins = {layer.node for layer in layers if layer.is_plugin}
     bodies = {layer.node.rpartition("/")[0] for layer in layers if not layer.is_plugin}
     for name, op in origin.calls.items():
-        if (name in plugins) != flavour.plugins or (name in bodies) == flavour.plugins:
+        taken = name in plugins if flavour.plugins else name in bodies and name not in plugins
+        if not taken:
             found = "a plugin" if name in plugins else "its body of standard operators" if name in bodies else "nothing"
             wanted = "the plugin" if flavour.plugins else "its body"
             raise EngineError(
