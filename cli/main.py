@@ -18,6 +18,7 @@ from fqonnx.cli import terminal
 from fqonnx.cli.bench import bench
 from fqonnx.cli.build import build
 from fqonnx.cli.debug import debug
+from fqonnx.cli.evaluate import evaluate
 from fqonnx.cli.inspect import inspect
 from fqonnx.cli.plugin import plugin
 from fqonnx.cli.report import report
@@ -88,7 +89,7 @@ def program() -> None:
     """Quantize any exported ONNX transformer to W4A4 with learned FlatQuant transforms, and prove how good it is."""
 
 
-for _command in (inspect, build, verify, bench, report, sensitivity, plugin, debug):
+for _command in (inspect, build, verify, evaluate, bench, report, sensitivity, plugin, debug):
     program.add_command(_command)
 
 
