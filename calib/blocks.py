@@ -1,9 +1,9 @@
 """Cuts a prepared graph into blocks at the residual stream: the places that one value alone crosses.
 
-Followed are the values that depend on the output of a group: all else (masks, position tables, embeddings) comes from the feeds and
-is computed anew where it is needed. Between a decoder's attention and its MLP, and between layers, one such value is alive, the
-residual sum; in an encoder with norms behind the sums, what the norm makes of it. A block is attention and what follows up to the next
-attention; in a network without attention each span between two cuts is one.
+Followed are the values that the first group's input is made of and those that depend on the output of a group: all else (masks,
+position tables) comes from the feeds and is computed anew where it is needed. Between a decoder's attention and its MLP, and between
+layers, one such value is alive, the residual sum; in an encoder with norms behind the sums, what the norm makes of it. A block is
+attention and what follows up to the next attention; in a network without attention each span between two cuts is one.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fqonnx.calib.stream import values_read
 from fqonnx.errors import ModelError
-from fqonnx.passes.constants import is_constant
+from fqonnx.passes.constants import is_constant, is_float
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,8 +53,7 @@ def find_blocks(model: ir.Model, groups: Sequence[LinearGroup]) -> tuple[Block, 
         groups: Groups of its main graph.
 
     Raises:
-        ModelError: The graph does not fall apart: a group lies in a body of ``If`` or ``Loop``, several blocks read one group's outputs,
-            or nothing like a residual stream is found.
+        ModelError: The graph does not fall apart: nothing like a residual stream is found.
     """
     if not groups:
         return ()
@@ -84,7 +84,8 @@ def _merged(spans: Sequence[tuple[ir.Value | None, ir.Value, list[LinearGroup]]]
     with_attention = [graph.attends(start, end) for start, end, _ in spans]
     open_block = False
     for (start, end, inside), attends in zip(spans, with_attention, strict=True):
-        if blocks and open_block and not attends:
+        # A head behind the last block gives something else than the stream: it is by itself.
+        if blocks and open_block and not attends and _width(end) == _width(blocks[-1].output):
             last = blocks.pop()
             blocks.append(Block(last.name, last.input, end, (*last.groups, *inside)))
         else:
@@ -100,35 +101,44 @@ def _merged(spans: Sequence[tuple[ir.Value | None, ir.Value, list[LinearGroup]]]
 
 
 class _Stream:
-    """Where each value that depends on a group's output is made and read last."""
+    """The values of the stream, and which of them cross some place alone."""
 
     def __init__(self, graph: ir.Graph, groups: Sequence[LinearGroup]) -> None:
         self._nodes = list(graph)
         self._index = {node: index for index, node in enumerate(self._nodes)}
         self._groups = groups
         self._replaced = {node for group in groups for linear in group.linears for node in linear.nodes}
-        self._stream: set[ir.Value] = {linear.output for group in groups for linear in group.linears}
+        self._stream: set[ir.Value] = {linear.output for group in groups for linear in group.linears} | self._before(groups)
         for node in self._nodes:
-            if node.op_type != "Shape" and any(operand in self._stream for operand in node.inputs):
+            if any(operand in self._stream for operand in _followed(node)):
                 self._stream.update(node.outputs)
         self._single = self._lonely()
 
+    def _before(self, groups: Sequence[LinearGroup]) -> set[ir.Value]:
+        """What the first group's input is made of: the stream before the first block."""
+        first = min(groups, key=self.span)
+        found: set[ir.Value] = set()
+        todo = [first.input]
+        while todo:
+            value = todo.pop()
+            # Masks may be made of the token ids, which are not what flows here.
+            if value in found or is_constant(value) or not (is_float(value.dtype) or value.dtype is None):
+                continue
+            found.add(value)
+            node = value.producer()
+            if node is not None:
+                todo += values_read(node)
+        return found
+
     def position(self, value: ir.Value) -> int:
-        """Index of the node that makes a value."""
+        """Index of the node that makes a value; -1 for an input of the graph."""
         node = value.producer()
-        assert node is not None
-        return self._index[node]
+        return -1 if node is None else self._index[node]
 
     def span(self, group: LinearGroup) -> tuple[int, int]:
-        """Indices of the first and last node of a group's linears.
-
-        Raises:
-            ModelError: They are in a body.
-        """
-        nodes = [node for linear in group.linears for node in linear.nodes]
-        if any(node not in self._index for node in nodes):
-            raise ModelError(f"group {group.name!r} lies in a body of If, Loop or Scan: use --reconstruct group")
-        return min(self._index[node] for node in nodes), max(self._index[node] for node in nodes)
+        """Indices of the first and last node of a group's linears."""
+        places = [self._index[node] for linear in group.linears for node in linear.nodes]
+        return min(places), max(places)
 
     def cuts(self, ordered: Sequence[LinearGroup], places: dict[LinearGroup, tuple[int, int]]) -> list[ir.Value]:
         """Values that alone cross some place, in order: of those between two groups the last that still looks like the first."""
@@ -156,27 +166,20 @@ class _Stream:
         for node in self._nodes[low + 1 : self.position(end) + 1]:
             if "Attention" in node.op_type:
                 return True
-            operands = [operand for operand in node.inputs if operand is not None]
-            if node.op_type in _PRODUCTS and sum(operand in self._stream for operand in operands) >= 2:
+            if node.op_type in _PRODUCTS and sum(operand in self._stream for operand in node.inputs) >= 2:
                 return True
         return False
 
     def _lonely(self) -> list[ir.Value]:
         """Stream values that cross some place alone, in order."""
         last: dict[ir.Value, int] = {}
-        made: dict[ir.Value, int] = {}
         for index, node in enumerate(self._nodes):
-            for output in node.outputs:
-                if output in self._stream:
-                    made[output] = index
-                    if output.is_graph_output():
-                        last.setdefault(output, index)
-            if node.op_type != "Shape":
-                last.update((operand, index) for operand in node.inputs if operand in self._stream)
+            last.update((output, index) for output in node.outputs if output in self._stream and output.is_graph_output())
+            last.update((operand, index) for operand in _followed(node) if operand in self._stream)
         ends: dict[int, list[ir.Value]] = {}
         for value, index in last.items():
             ends.setdefault(index, []).append(value)
-        alive: set[ir.Value] = set()
+        alive = {value for value in last if value.producer() is None}
         found: dict[ir.Value, None] = {}
         for index, node in enumerate(self._nodes):
             alive.difference_update(ends.get(index, ()))
@@ -186,19 +189,27 @@ class _Stream:
                 found.update(dict.fromkeys(alive))
             elif not alive and final:
                 found[final[0]] = None
-        return sorted(found, key=lambda value: made[value])
+        return sorted((value for value in found if value.producer() is not None), key=self.position)
 
     def _alike(self, first: ir.Value, later: ir.Value) -> bool:
         """Whether ``later`` is ``first`` normalised: the same shape, and no product with a weight on the way."""
-        node = later.producer()
         if first.shape is None or later.shape is None or list(first.shape) != list(later.shape):
             return False
-        while node is not None and later is not first:
-            if node.op_type in _PRODUCTS or node in self._replaced:
+        while later is not first:
+            node = later.producer()
+            if node is None or node.op_type in _PRODUCTS or node in self._replaced:
                 return False
-            later_inputs = [operand for operand in node.inputs if operand in self._stream and not is_constant(operand)]
-            if not later_inputs:
+            before = [operand for operand in _followed(node) if operand in self._stream]
+            if not before:
                 return False
-            later = max((value for value in later_inputs if value is not None), key=self.position)
-            node = later.producer() if later is not first else None
-        return later is first
+            later = max(before, key=self.position)
+        return True
+
+
+def _width(value: ir.Value) -> object:
+    return value.shape[-1] if value.shape else None
+
+
+def _followed(node: ir.Node) -> list[ir.Value]:
+    """What a node's values are made of; sizes are known without the values."""
+    return [] if node.op_type == "Shape" else values_read(node)

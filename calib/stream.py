@@ -482,7 +482,7 @@ def _values_by_name(graph: ir.Graph) -> dict[str, ir.Value]:
     return values
 
 
-def _reads(node: ir.Node) -> list[ir.Value]:
+def values_read(node: ir.Node) -> list[ir.Value]:
     """The values of the enclosing graph that a node reads, captures of its bodies included."""
     found = [value for value in node.inputs if value is not None]
     for attr in node.attributes.values():
@@ -498,7 +498,7 @@ def _reads(node: ir.Node) -> list[ir.Value]:
 
 def _captures(graph: ir.Graph) -> list[ir.Value]:
     own = {*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)}
-    used = [value for node in graph for value in _reads(node)] + list(graph.outputs)
+    used = [value for node in graph for value in values_read(node)] + list(graph.outputs)
     return [value for value in used if value not in own]
 
 
@@ -512,13 +512,13 @@ def _needed(graph: ir.Graph, taps: Sequence[ir.Value]) -> list[ir.Node]:
     kept = []
     for node in reversed(nodes):
         if any(value in wanted for value in node.outputs):
-            wanted.update(_reads(node))
+            wanted.update(values_read(node))
             kept.append(node)
     return kept[::-1]
 
 
 def _initializers(nodes: Iterable[ir.Node]) -> list[ir.Value]:
-    return list(dict.fromkeys(value for node in nodes for value in _reads(node) if _is_constant(value)))
+    return list(dict.fromkeys(value for node in nodes for value in values_read(node) if _is_constant(value)))
 
 
 def _runtime_bytes(tensor: ir.TensorProtocol) -> int:
@@ -529,7 +529,7 @@ def _runtime_bytes(tensor: ir.TensorProtocol) -> int:
 
 def _cuts(nodes: Sequence[ir.Node], max_bytes: int) -> list[int]:
     """Where segments begin, 0 included: as few as the bound allows, each cut where the fewest values cross."""
-    reads = [_reads(node) for node in nodes]
+    reads = [values_read(node) for node in nodes]
     crossing = _crossing(nodes, reads)
     cuts, start = [0], 0
     while True:
@@ -578,7 +578,7 @@ def _segments(nodes: Sequence[ir.Node], cuts: Sequence[int], taps: Sequence[str]
     made = [{value.name: None for node in chunk for value in node.outputs if value.name} for chunk in chunks]
     read = []
     for chunk, own in zip(chunks, made, strict=True):
-        names = (value.name for node in chunk for value in _reads(node) if value.name and not _is_constant(value))
+        names = (value.name for node in chunk for value in values_read(node) if value.name and not _is_constant(value))
         read.append(tuple(dict.fromkeys(name for name in names if name not in own)))
     segments = []
     for index, chunk in enumerate(chunks):
