@@ -34,6 +34,11 @@ if TYPE_CHECKING:
     type=click.FloatRange(min=0),
     help="Largest relative L2 error of an output on held-out data; above it the exit code is 1.  [default: 0.5; none for random inputs]",
 )
+@click.option(
+    "--max-perplexity-increase",
+    type=click.FloatRange(min=0),
+    help="Largest rise of a language model's perplexity on held-out data; above it the exit code is 1.",
+)
 @click.option("--resume", is_flag=True, help="Go on with a build that was interrupted.")
 @click.option("--force", is_flag=True, help="Replace an existing build directory, and build its engine anew.")
 @options.json_option
@@ -60,13 +65,14 @@ def build(
     known: Path | None,
     sensitivity_samples: int,
     max_error: float | None,
+    max_perplexity_increase: float | None,
     as_json: bool,
     quiet: bool,
     **choices: Any,
 ) -> int:
     """Quantize MODEL (an .onnx file) and write a verified build directory.
 
-    Exits with 0 when the result is within --max-error and with 1 otherwise; the directory is written either way.
+    Exits with 0 when the result is within --max-error and --max-perplexity-increase, with 1 otherwise; the directory is written either way.
     """
     options.check_calibration(calib_data, random_calibration=random_calibration)
     recipe = options.read_recipe(recipe_file, choices)
@@ -89,6 +95,7 @@ def build(
             rebuild=choices["force"],
         ),
         max_error=max_error,
+        max_perplexity_increase=max_perplexity_increase,
         mix=options.read_mix(mix, avg_bits, method, known, sensitivity_samples),
         progress=terminal.progress(quiet),
         command=command,

@@ -76,6 +76,7 @@ def build(
     profiles: Sequence[Profiles] = (),
     engine_options: EngineOptions | None = None,
     max_error: float | None = None,
+    max_perplexity_increase: float | None = None,
     mix: Mix | None = None,
     resume: bool = False,
     force: bool = False,
@@ -106,6 +107,7 @@ def build(
         engine_options: How the engine is built.
         max_error: Largest relative L2 error of a float output; None is ``MAX_ERROR``, or with random inputs, which say little about
             accuracy, no bound at all.
+        max_perplexity_increase: Largest rise of a language model's perplexity on held-out data; None for no bound.
         mix: Choose a scheme for each group; None takes those of the recipe.
         resume: Reuse what an interrupted build of the same ``out`` has finished.
         force: Replace an existing build directory.
@@ -209,6 +211,7 @@ def build(
         entries = [_describe(group, solution(group.name), recipe, bindings[group.name]) for group in groups]
         with clock("verify"):
             report = _verify(float_model.path, workspace.files, built, data, max_error, device, progress)
+            report = _bounded(report, max_perplexity_increase)
         report = replace(
             report,
             candidate=workspace.out.name,
@@ -648,6 +651,13 @@ def _encode_left(left: LeftReport) -> dict[str, str]:
     return {"name": left.name, "op_type": left.op_type, "reason": left.reason}
 
 
+def _bounded(report: Report, max_perplexity_increase: float | None) -> Report:
+    from fqonnx.verify.language import perplexity_failures
+
+    failures = (*report.failures, *perplexity_failures(report.language, max_perplexity_increase))
+    return replace(report, failures=failures, passed=not failures)
+
+
 def _verify(
     reference: Path, files: Path, built: EngineReport | None, data: Data, max_error: float | None, device: str, progress: Progress
 ) -> Report:
@@ -656,10 +666,11 @@ def _verify(
     from fqonnx.verify import verify
 
     candidate = files / artifact.MODEL
+    cached = (files / cache_plan.FILE).is_file()
     in_engine = built is not None and runs_here(built)
     report = verify(
         reference,
-        cache_plan.comparable(candidate),
+        cache_plan.comparable(candidate) if cached else candidate,
         data.held_out,
         max_error=max_error,
         tokens=False if data.random else None,
@@ -673,5 +684,6 @@ def _verify(
         notes.append(
             "the outputs are the engine's" if in_engine else "the engine was not run here: the outputs are ONNX Runtime's of the same model"
         )
-    # What stands around a quantized cache to compare it is no part of the model.
-    return replace(report, size=measure_size(model_file.load(reference), model_file.load(candidate)), notes=tuple(notes))
+    if cached:  # what stands around a quantized cache to compare it is no part of the model
+        report = replace(report, size=measure_size(model_file.load(reference), model_file.load(candidate)))
+    return replace(report, notes=tuple(notes))

@@ -23,7 +23,9 @@ from fqonnx.evaluate import evaluate_text, texts
 from fqonnx.passes.edit import Insertion, Names
 from fqonnx.passes.prepare import prepare
 from fqonnx.recipe import Recipe
+from fqonnx.report.data import LanguageReport
 from fqonnx.verify import verify
+from fqonnx.verify.language import perplexity_failures
 from tests.cli_support import run as fqonnx
 from tests.rewriting import Builder
 from tests.runtime import run
@@ -226,6 +228,37 @@ def test_texts_without_their_padding() -> None:
 def test_texts_of_one_token_predict_nothing(text_decoder: Path) -> None:
     with pytest.raises(DataError, match="no text with two tokens or more"):
         evaluate_text(text_decoder, text_decoder, [tokens(1, 1)])
+
+
+@pytest.mark.parametrize(
+    ("language", "bound", "lines"),
+    [
+        (LanguageReport(perplexity_reference=4, perplexity=4.5, top1=0.9, tokens=10), None, []),
+        (LanguageReport(perplexity_reference=4, perplexity=4.5, top1=0.9, tokens=10), 0.5, []),
+        (
+            LanguageReport(perplexity_reference=4, perplexity=4.5, top1=0.9, tokens=10),
+            0.4,
+            ["perplexity rises by 0.5 (4 to 4.5), above the bound of 0.4"],
+        ),
+        (
+            LanguageReport(perplexity_reference=4, perplexity=math.nan, top1=0.9, tokens=10),
+            1,
+            ["perplexity rises by nan (4 to nan), above the bound of 1"],
+        ),
+        (None, None, []),
+        (None, 1, ["there is no perplexity to bound: the model does not predict the next token, or the data are not text"]),
+    ],
+)
+def test_the_bound_of_a_build(language: LanguageReport | None, bound: float | None, lines: list[str]) -> None:
+    assert perplexity_failures(language, bound) == lines
+
+
+def test_a_build_above_the_bound_fails(text_decoder: Path, data: Path, tmp_path: Path) -> None:
+    options = ("--calib-data", data, "--transform", "none", "--weights", "rtn", "--max-perplexity-increase", "1e9")
+    assert fqonnx("build", text_decoder, "-o", tmp_path / "good", *options).code == 0
+    failed = fqonnx("build", text_decoder, "-o", tmp_path / "bad", "--random-calibration", *options[2:])
+    assert failed.code == 1
+    assert "there is no perplexity to bound" in failed.stdout
 
 
 # --- Parts

@@ -93,6 +93,24 @@ class Language:
         )
 
 
+def perplexity_failures(language: LanguageReport | None, bound: float | None) -> list[str]:
+    """What is wrong with a language model's perplexity, one line each; a NaN is within no bound.
+
+    Args:
+        language: Its figures; None where the model does not predict the next token, or the data are no text.
+        bound: Largest rise of the perplexity; None for no bound.
+    """
+    if bound is None:
+        return []
+    if language is None:
+        return ["there is no perplexity to bound: the model does not predict the next token, or the data are not text"]
+    increase = language.perplexity - language.perplexity_reference
+    if increase <= bound:
+        return []
+    said = f"{language.perplexity_reference:.4g} to {language.perplexity:.4g}"
+    return [f"perplexity rises by {increase:.4g} ({said}), above the bound of {bound:g}"]
+
+
 def _is_causal(runner: BaseRunner, feeds: Feeds, ids: str, name: str, logits: Array) -> bool:
     """Whether another last token leaves the logits before it as they are."""
     changed = np.array(feeds[ids])
