@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from fqonnx import allocation, artifact
 from fqonnx import model as model_file
 from fqonnx.allocation import Frontier, Item, Point, average_bits
+from fqonnx.calib.data.holdout import count_samples, has_free_batch
 from fqonnx.calib.registry import transform_named
 from fqonnx.calib.solve import solve
 from fqonnx.errors import ArtifactError, UsageError
@@ -133,7 +134,7 @@ def sensitivity(
         batch_size: As for ``build``.
         tokenizer: As for ``build``.
         seq_len: As for ``build``.
-        samples: Feeds of the calibration data that errors are measured on.
+        samples: Samples of the calibration data that errors are measured on, about; whole feeds are taken.
         estimate: Measure gains alone, one run a group instead of one for each scheme; errors are then first-order estimates.
         keep_work: Leave statistics and solutions in ``out``, so that builds that take the folder need not compute them again; large.
         device: ``cpu`` or ``cuda``: where transforms are trained.
@@ -241,7 +242,7 @@ def analyse(
             recipe=recipe.to_dict(),
             schemes=tuple(schemes),
             measure="kl" if probe.has_logits and not estimate else "rel_l2",
-            samples=len(feeds),
+            samples=sum(count_samples(feed, free_batch=has_free_batch(model_file.inputs(float_model.model))) for feed in feeds),
             groups=tuple(found),
         )
 
@@ -279,9 +280,9 @@ def _solve_schemes(
 
 
 def spread(data: Data, count: int) -> list[Feeds]:
-    """So many feeds of the calibration data, evenly spread over it."""
+    """Feeds with about so many samples of the calibration data, evenly spread over it."""
     length = data.calibration.length
-    count = min(count, length)
+    count = min(math.ceil(count * length / data.calibration.samples), length)
     wanted = {(2 * i + 1) * length // (2 * count) for i in range(count)}
     return [feeds for index, feeds in enumerate(data.calibration) if index in wanted]
 

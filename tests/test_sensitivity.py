@@ -177,6 +177,11 @@ def test_every_group_is_measured_and_estimated_in_every_scheme(place: Path) -> N
     assert sum(p.measured is not None for p in best) >= 4
 
 
+def test_samples_are_counted_whatever_the_batch(place: Path) -> None:
+    data = {"calib_data": str(place / "d.npz"), "schemes": ("w8a8",), "estimate": True, "recipe": HADAMARD}
+    assert [sensitivity(place / "m.onnx", **data, samples=12, batch_size=size).samples for size in (1, 6, 200)] == [12, 12, 108]
+
+
 def test_estimates_alone(place: Path) -> None:
     report = sensitivity(place / "m.onnx", recipe=HADAMARD, calib_data=str(place / "d.npz"), schemes=("w4a4", "w8a8"), estimate=True)
     measured = load_sensitivity(place / "known", report.fingerprint, HADAMARD, ("w4a4", "w8a8"))
