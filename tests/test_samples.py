@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 
+from fqonnx.build import build
 from fqonnx.errors import DataError, ModelError
 from fqonnx.model import load
 from fqonnx.passes.linears import find
@@ -222,6 +224,56 @@ def test_perplexity_is_that_of_torch(llama_folder: Path, llama_onnx: Path, past_
     expected = torch_perplexity(llama_folder, tokens, windows=3, length=20)
     for model in (llama_onnx, llama_onnx.parent, past_onnx):
         assert llama.perplexity(model, tokens, windows=3, length=20) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def kv4_build(past_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kv4")
+    np.savez(folder / "calib.npz", input_ids=np.random.default_rng(1).integers(0, VOCABULARY, (6, 24)))
+    recipe = Recipe(scheme="w8a8", transform="hadamard", weights="rtn", kv="int4")
+    build(past_onnx, folder / "out", recipe=recipe, calib_data=str(folder / "calib.npz"))
+    return folder / "out"
+
+
+def test_perplexity_from_the_cache_is_that_of_whole_windows(past_onnx: Path, kv4_build: Path) -> None:
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, 60).astype(np.uint16)
+    for model in (past_onnx, kv4_build):
+        whole, *chunked = (llama.score(model, tokens, windows=3, length=20, chunk=chunk) for chunk in (None, 7, 1))
+        for found in chunked:
+            assert found.perplexity == pytest.approx(whole.perplexity, rel=1e-3)
+            assert found.cache_bytes == whole.cache_bytes
+    heads, size = 2, 16
+    assert whole.cache_bytes == 2 * heads * (size // 2 + 4 + 1), "nibbles, scale, zero point of keys and values"
+
+
+def test_perplexity_in_chunks_needs_a_cache(llama_onnx: Path) -> None:
+    with pytest.raises(DataError, match="the model has no cache of past keys and values"):
+        llama.score(llama_onnx, np.zeros(20, np.int64), windows=1, length=20, chunk=5)
+
+
+def test_generation_on_the_command_line(
+    past_onnx: Path, kv4_build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = {chr(33 + number): number for number in range(VOCABULARY)}
+    coder = Tokenizer(models.WordLevel(letters, "!"))
+    coder.pre_tokenizer, coder.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    coder.save(str(tmp_path / "tokenizer.json"))
+    for model in (past_onnx, kv4_build):
+        monkeypatch.setattr(sys, "argv", ["llama.py", "generate", str(model), str(tmp_path / "tokenizer.json"), "ABCD", "--tokens", "9"])
+        with pytest.raises(SystemExit) as ended:
+            llama.main()
+        assert not ended.value.code
+        shown = capsys.readouterr()
+        assert shown.out.startswith("ABCD")
+        assert len(shown.out.strip()) == 4 + 9
+        assert re.search(r"tokens a second, cache \d+ bytes", shown.err)
+    monkeypatch.setattr(sys, "argv", ["llama.py", "generate", str(past_onnx), str(tmp_path / "nowhere.json"), "ABCD"])
+    with pytest.raises(SystemExit) as ended:
+        llama.main()
+    assert ended.value.code == 1
+    assert "give the model's tokenizer.json" in capsys.readouterr().err
 
 
 def test_perplexity_refuses_what_does_not_fit(llama_onnx: Path, encoder_onnx: Path, tmp_path: Path) -> None:
