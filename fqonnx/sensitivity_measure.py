@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from fqonnx.calib.stream import StreamedModel
+from fqonnx.calib.stream import StreamedModel, values_read
 from fqonnx.errors import DataError
 from fqonnx.passes.linears import find_for
 from fqonnx.passes.quantize import Quantize
@@ -261,7 +261,7 @@ def _behind(known: set[ir.Value], outputs: Sequence[ir.Value]) -> set[ir.Value]:
     while waiting:
         value = waiting.pop()
         node = None if value in known else value.producer()
-        for read in [] if node is None else _reads(node):
+        for read in [] if node is None else values_read(node):
             if read not in found:
                 found.add(read)
                 waiting.append(read)
@@ -276,23 +276,11 @@ def _start(group: LinearGroup, position: Mapping[ir.Node, int]) -> int:
     return min(position[node] for node in touched if node in position)
 
 
-def _reads(node: ir.Node) -> list[ir.Value]:
-    """What a node reads, and what the nodes of its bodies do: captured values among them."""
-    found = [value for value in node.inputs if value is not None]
-    for attribute in node.attributes.values():
-        if attribute.is_ref() or attribute.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
-            continue
-        for body in [attribute.as_graph()] if attribute.type == ir.AttributeType.GRAPH else attribute.as_graphs():
-            found += [value for inner in ir.traversal.RecursiveGraphIterator(body) for value in inner.inputs if value is not None]
-            found.extend(body.outputs)
-    return found
-
-
 def _dynamic(graph: ir.Graph, nodes: Sequence[ir.Node]) -> set[ir.Value]:
     """The values that depend on the inputs; all others are constants, which are computed again wherever they are read."""
     found = {value for value in graph.inputs if not value.is_initializer()}
     for node in nodes:
-        if any(value in found for value in _reads(node)):
+        if any(value in found for value in values_read(node)):
             found.update(node.outputs)
     return found
 
@@ -300,4 +288,4 @@ def _dynamic(graph: ir.Graph, nodes: Sequence[ir.Node]) -> set[ir.Value]:
 def _crossing(nodes: Sequence[ir.Node], start: int, dynamic: set[ir.Value]) -> list[ir.Value]:
     """The values made before ``start`` that are read at or behind it, in the order in which they are read."""
     made = {output for node in nodes[start:] for output in node.outputs}
-    return list(dict.fromkeys(value for node in nodes[start:] for value in _reads(node) if value in dynamic and value not in made))
+    return list(dict.fromkeys(value for node in nodes[start:] for value in values_read(node) if value in dynamic and value not in made))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -242,6 +243,17 @@ def test_a_build_obeys_its_budget_and_says_what_each_group_got(place: Path, tmp_
     assert all(ops[scheme] == expected[scheme] for scheme in ops)
     assert report.allocation.measured == pytest.approx(report.allocation.predicted, rel=0.5)
     assert load_report(out / "report.json") == report
+
+
+def test_blocks_are_reconstructed_in_the_schemes_that_were_chosen(place: Path, tmp_path: Path) -> None:
+    """What is measured is what is built: the groups as their blocks' training left them."""
+    recipe = replace(HADAMARD, reconstruct="block", steps=4)
+    mix = Mix(schemes=("w4a4", "w8a8"), avg_bits=6, known=place / "known")
+    report = build(place / "m.onnx", tmp_path / "out", recipe=recipe, calib_data=str(place / "d.npz"), mix=mix)
+    assert report.allocation is not None
+    assert report.allocation.average_bits == 6
+    assert {group.name: group.scheme for group in report.groups} == report.allocation.schemes
+    assert report.allocation.measured == pytest.approx(report.outputs["y"].rel_l2, rel=0.3)
 
 
 def test_more_bits_less_error(place: Path, tmp_path: Path) -> None:
