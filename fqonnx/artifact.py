@@ -307,6 +307,8 @@ def _check_manifest(path: Path, manifest: object) -> None:
         raise ArtifactError(f"{path} is no fqonnx manifest: give the -o of an `fqonnx build`")
     if manifest["format"] > FORMAT:
         raise ArtifactError(f"{path} was written by a newer fqonnx (format {manifest['format']}, known {FORMAT}): upgrade fqonnx")
+    if "sensitivity" in manifest:
+        raise ArtifactError(f"{path.parent} holds sensitivities, no build: give the -o of an `fqonnx build`")
     expected = {"files": dict, "recipe": dict, "groups": list}
     for key, kind in expected.items():
         if not isinstance(manifest.get(key), kind):

@@ -388,4 +388,4 @@ def test_a_folder_of_sensitivities_is_no_build_and_is_not_replaced_unasked(place
     assert "exists: pass --force to replace it" in one_line(done.stderr)
     done = run("report", place / "known")
     assert done.code == 1
-    assert "known" in one_line(done.stderr)
+    assert "holds sensitivities, no build" in one_line(done.stderr)
