@@ -256,6 +256,34 @@ def test_blocks_are_reconstructed_in_the_schemes_that_were_chosen(place: Path, t
     assert report.allocation.measured == pytest.approx(report.outputs["y"].rel_l2, rel=0.3)
 
 
+def test_every_scheme_in_one_model(place: Path, tmp_path: Path) -> None:
+    """Built, and run by ONNX Runtime beside the float model; what multiplies in each group is in the manifest."""
+    gemm, qdq, weights = "fqonnx.W4A4Gemm", "FlatQuantize + DequantizeLinear + MatMul", "DequantizeLinear + MatMul"
+    wanted = {
+        "layers.0.up": ("w4a4", gemm),
+        "layers.0.down": ("w4a8", gemm),
+        "layers.1.up": ("w8a8", qdq),
+        "layers.1.down": ("w4a16", weights),
+        "layers.2.up": ("w8a16", weights),
+    }
+    schemes = [f"--group-scheme={name}={scheme}" for name, (scheme, _) in wanted.items()]
+    data = ("--calib-data", place / "d.npz", "--transform", "hadamard", "--weights", "rtn")
+    done = run(
+        "build", place / "m.onnx", "-o", tmp_path / "out", *data, *schemes, "--group-scheme", "2.down=float", "--max-error", "0.3", "-q"
+    )
+    assert done.code == 0, done.stderr
+    artifact = open_artifact(tmp_path / "out")
+    assert {group["name"]: (group["scheme"], group["kernel"]["op"]) for group in artifact.groups} == wanted
+    transforms = {group["scheme"]: group["transform"]["name"] for group in artifact.groups}
+    assert transforms == {"w4a4": "hadamard", "w4a8": "hadamard", "w8a8": "hadamard", "w4a16": "hadamard", "w8a16": "none"}
+    assert artifact.manifest["left_in_float"][0]["name"] == "layers.2.down"
+    report = load_report(artifact.report)
+    assert 0.02 < report.outputs["y"].rel_l2 < 0.3
+    assert {group.name: group.activation_bits for group in report.groups}["layers.1.down"] == 16
+    shown = json.loads(run("inspect", place / "m.onnx", *schemes, "--group-scheme", "2.down=float", "--json").stdout)
+    assert [item["name"] for item in shown["groups"]] == list(wanted)
+
+
 def test_more_bits_less_error(place: Path, tmp_path: Path) -> None:
     errors = []
     for avg_bits in (4, 6, 8):
