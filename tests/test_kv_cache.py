@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from fqonnx import model as model_file
 from fqonnx.build import build
 from fqonnx.cache_plan import FILE, CachePlan, comparable
 from fqonnx.calib import kv
+from fqonnx.decoding import Decoder
 from fqonnx.errors import CalibrationError, ModelError, UsageError
 from fqonnx.passes import kv_cache, linears
 from fqonnx.passes.edit import Insertion, Names
@@ -569,3 +571,55 @@ def test_a_plan_is_made_only_where_the_recipe_asks(decoder_file: Path) -> None:
 def test_other_engines_are_refused(decoder_file: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--kv int4 is for --engine onnxruntime, not tensorrt-rtx"):
         build(decoder_file, tmp_path / "out", recipe=Recipe(kv="int4"), random_calibration=True, engine="tensorrt-rtx")
+
+
+# --- Exporters
+
+
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+def test_decoders_as_torchscript_exports_them(kind: str, tmp_path: Path) -> None:
+    """The form of Optimum's exports: shapes computed at run time, heads repeated without a shape that tells how."""
+    transformers = pytest.importorskip("transformers", reason="needs pip install 'fqonnx[samples]'")
+    import torch
+
+    llama = importlib.import_module("llama")
+    config = transformers.LlamaConfig(
+        vocab_size=80,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        attn_implementation=kind,
+    )
+    torch.manual_seed(0)
+    module, inputs, _, names, outputs = llama._with_past(transformers.LlamaForCausalLM(config).eval())
+    axes = {"input_ids": {0: "b", 1: "s"}, "attention_mask": {0: "b", 1: "t"}, "position_ids": {0: "b", 1: "s"}}
+    axes |= {name: {0: "b", 2: "p"} for name in names if name.startswith("past")}
+    path = tmp_path / "model.onnx"
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        arguments = tuple(inputs.values())
+        torch.onnx.export(
+            module, arguments, path, dynamo=False, opset_version=17, input_names=names, output_names=outputs, dynamic_axes=axes
+        )
+    ids = np.random.default_rng(0).integers(0, 80, (2, 21))
+    expected = Decoder(path)(ids)
+
+    model = prepare(model_file.load(path))
+    layers = kv_cache.find(model)
+    shared = layers[0].query_heads is None
+    TransformCache(layers, transforms(layers, shared=shared))(model)
+    check(model)
+    model_file.save(model, path)
+    np.testing.assert_allclose(Decoder(path)(ids), expected, atol=1e-4 * float(np.abs(expected).max()))
+    QuantizeCache(layers, FORMATS["int8"])(model)
+    check(model)
+    model_file.save(model, path)
+    decoder = Decoder(path)
+    whole = decoder(ids)
+    assert np.linalg.norm(whole - expected) < 0.03 * np.linalg.norm(expected)
+    decoder.reset()
+    chunks = np.concatenate([decoder(ids[:, :9]), decoder(ids[:, 9:10]), decoder(ids[:, 10:])], axis=1)
+    np.testing.assert_allclose(chunks, whole, atol=1e-4 * float(np.abs(whole).max()))
