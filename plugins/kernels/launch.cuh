@@ -35,8 +35,12 @@ struct Launch {
 template <typename... Parameters, typename... Arguments>
 fq_status launch_kernel(const char* name, void (*kernel)(Parameters...), const Launch& launch, cudaStream_t stream,
                         const Arguments&... arguments) {
-  // At every launch: the attribute is the current device's, and nothing is kept between calls.
+  // At every launch: the attributes are the current device's, and nothing is kept between calls. A multiprocessor cannot give a block more
+  // shared memory than it was set to for the first one that it holds, so that kernels could not overlap without the second attribute.
   if (const fq_status status = check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes), name))
+    return status;
+  if (const fq_status status =
+          check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared), name))
     return status;
   cudaLaunchAttribute attributes[2];
   int count = 0;

@@ -146,10 +146,12 @@ __device__ __forceinline__ void multiply(Sums<kTokens, kTiles, false>& sums, Cur
     previous = stage;
     if (index + 1 < steps) load(next);
   };
-  for (int index = 0; index < steps; index += 2) {
+  int index = 0;
+  for (; index + 1 < steps; index += 2) {
     step(a[0], a[1], index);
-    if (index + 1 < steps) step(a[1], a[0], index + 1);
+    step(a[1], a[0], index + 1);
   }
+  if (index < steps) step(a[0], a[1], index);
   wgmma_wait<0>();
   release(previous);
 #pragma unroll
@@ -349,7 +351,6 @@ __global__ void __launch_bounds__(kConsumers + 128, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   static_assert(!kGrouped || kTiles == 1, "the integer and the fp32 sums of one tile fill the registers");
   using Kernel = ManyTokens<kTokens, kTiles, kStages>;
-  let_next_begin();
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& shared = *reinterpret_cast<typename Kernel::Shared*>(raw);
   const Ring<kTokens, 1> ring = {shared.ring, Kernel::kRows, kStages};
