@@ -202,8 +202,7 @@ class MomentsGroup:
         self._rounded = flat.rounded
         self._bits = activation_bits
         width = self.target.shape[1]
-        self._quantized = torch.zeros(width, width, device=self.target.device)
-        self._cross = torch.zeros_like(self._quantized)
+        self._exact, self._cross, self._noise = (torch.zeros(width, width, device=self.target.device) for _ in range(3))
         self.count = 0
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -211,14 +210,20 @@ class MomentsGroup:
         t = moments.forward(self.fitted, x)
         q = moments.quantize_input(t, self._bits, self.fitted.clip)
         t, rows = kept(t, self.keep), kept(q, self.keep)
-        self._quantized += rows.mT @ rows
-        self._cross += t.mT @ rows
-        self.count += len(rows)
+        self._exact += t.mT @ t
+        if self._bits < 16:
+            error = rows - t
+            self._cross += t.mT @ error
+            self._noise += error.mT @ error
+        self.count += len(t)
         return q @ self._rounded.mT
 
     def moments(self) -> tuple[torch.Tensor, torch.Tensor]:
         """``E[t̂ᵀ t̂]`` and ``E[tᵀ t̂]``."""
-        return self._quantized / self.count, self._cross / self.count
+        exact = self._exact / self.count
+        if self._bits >= 16:
+            return exact, exact
+        return moments.with_errors(exact, self._cross / self.count, self._noise / self.count, exact.diagonal(), self.count)
 
 
 def _settled(fitted: FittedTransform) -> Transformation:

@@ -70,12 +70,27 @@ def input_moments(fitted: FittedTransform, tokens: torch.Tensor, hessian: torch.
         return exact, exact
     t = forward(fitted, tokens)
     error = quantize_input(t, bits, fitted.clip) - t
-    share = t.shape[0] ** 2 / (t.shape[0] ** 2 + (SHRINK * t.shape[1]) ** 2)
-    power = t.square().mean(0)
-    gain = (t * error).mean(0) / torch.where(power > 0, power, torch.ones_like(power))
-    remainder = (error.square().mean(0) - gain.square() * power).clamp_min(0)
-    cross = share * (t.mT @ error / t.shape[0]) + (1 - share) * exact * gain
-    noise = share * (error.mT @ error / t.shape[0]) + (1 - share) * (gain[:, None] * exact * gain + torch.diag(remainder))
+    return with_errors(exact, t.mT @ error / t.shape[0], error.mT @ error / t.shape[0], t.square().mean(0), t.shape[0])
+
+
+def with_errors(
+    exact: torch.Tensor, cross: torch.Tensor, noise: torch.Tensor, power: torch.Tensor, rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``E[t̂ᵀ t̂]`` and ``E[tᵀ t̂]`` from moments of the input and of its rounding error, these believed as far as rows go.
+
+    Args:
+        exact: ``E[tᵀ t]``, ``[K, K]``.
+        cross: ``E[tᵀ e]``, ``[K, K]``.
+        noise: ``E[eᵀ e]``, ``[K, K]``.
+        power: ``E[t²]`` of each channel ``[K]``, over the rows that ``cross`` and ``noise`` are of.
+        rows: How many those are.
+    """
+    channels = len(power)
+    share = rows**2 / (rows**2 + (SHRINK * channels) ** 2)
+    gain = cross.diagonal() / torch.where(power > 0, power, torch.ones_like(power))
+    remainder = (noise.diagonal() - gain.square() * power).clamp_min(0)
+    cross = share * cross + (1 - share) * exact * gain
+    noise = share * noise + (1 - share) * (gain[:, None] * exact * gain + torch.diag(remainder))
     return exact + cross + cross.mT + noise, exact + cross
 
 

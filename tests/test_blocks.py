@@ -16,42 +16,12 @@ from fqonnx.errors import ModelError
 from fqonnx.passes.linears import find
 from fqonnx.passes.prepare import prepare
 from tests import zoo
+from tests.networks import WIDTH, Network
 from tests.test_exporters import HIDDEN, Decoder, LayerNorm, export
 
-WIDTH = 64
 
-
-class Network:
-    """Writes a graph of blocks by hand; ``h`` is the residual stream."""
-
-    def __init__(self) -> None:
-        self.graph = zoo.Graph("network")
-        self.h = "x"
-
-    def linear(self, x: str, name: str, n: int = WIDTH) -> str:
-        k = WIDTH * 2 if name.endswith("down") else WIDTH
-        return self.graph.op("MatMul", x, self.graph.weight(k, n), name=f"/{name}/MatMul")
-
-    def norm(self, x: str) -> str:
-        return self.graph.op("LayerNormalization", x, self.graph.weight(WIDTH), self.graph.weight(WIDTH))
-
-    def attention(self, x: str, name: str, memory: str | None = None) -> str:
-        memory = memory or x
-        q, k, v = self.linear(x, f"{name}.q"), self.linear(memory, f"{name}.k"), self.linear(memory, f"{name}.v")
-        scores = self.graph.op("Softmax", self.graph.op("MatMul", q, self.graph.op("Transpose", k, perm=[0, 2, 1])), axis=-1)
-        return self.linear(self.graph.op("MatMul", scores, v), f"{name}.o")
-
-    def mlp(self, x: str, name: str) -> str:
-        return self.linear(self.graph.op("Gelu", self.linear(x, f"{name}.up", 2 * WIDTH)), f"{name}.down")
-
-    def add(self, branch: str) -> str:
-        self.h = self.graph.op("Add", self.h, branch)
-        return self.h
-
-    def find(self, *outputs: str) -> tuple[Block, ...]:
-        proto = self.graph.model(list(outputs or (self.h,)), {"x": (zoo.FLOAT, ("batch", "seq", WIDTH))})
-        model = prepare(ir.from_proto(proto))
-        return find_blocks(model, find(model).groups)
+def blocks_of(net: Network, *outputs: str) -> tuple[Block, ...]:
+    return find_blocks(*net.model(*outputs))
 
 
 def names(blocks: tuple[Block, ...]) -> list[list[str]]:
@@ -69,9 +39,8 @@ def layer(name: str) -> list[str]:
 def test_norms_before_branches() -> None:
     net = Network()
     for name in ("0", "1"):
-        net.add(net.attention(net.norm(net.h), name))
-        net.add(net.mlp(net.norm(net.h), name))
-    found = net.find(net.graph.op("MatMul", net.norm(net.h), net.graph.weight(WIDTH, 1000), name="/lm_head/MatMul"))
+        net.layer(name)
+    found = blocks_of(net, net.graph.op("MatMul", net.norm(net.h), net.graph.weight(WIDTH, 1000), name="/lm_head/MatMul"))
     assert names(found) == [layer("0"), layer("1"), ["lm_head"]]
     assert chained(found)
     node = found[0].output.producer()
@@ -86,7 +55,7 @@ def test_norms_behind_sums_belong_to_the_block_before() -> None:
         net.h = net.norm(net.h)
         net.add(net.mlp(net.h, name))
         net.h = net.norm(net.h)
-    found = net.find()
+    found = blocks_of(net)
     assert names(found) == [layer("0"), layer("1")]
     assert chained(found)
     for block in found:
@@ -101,7 +70,7 @@ def test_attention_and_mlp_in_parallel() -> None:
         x = net.norm(net.h)
         attended, wide = net.attention(x, name), net.mlp(x, name)
         net.add(net.graph.op("Add", attended, wide))
-    found = net.find()
+    found = blocks_of(net)
     assert [sorted(block) for block in names(found)] == [sorted(layer(name)) for name in "012"]
 
 
@@ -109,7 +78,7 @@ def test_without_attention_each_residual_branch_is_a_block() -> None:
     net = Network()
     for name in ("0", "1", "2"):
         net.add(net.mlp(net.norm(net.h), name))
-    assert names(net.find()) == [[f"{name}.up", f"{name}.down"] for name in "012"]
+    assert names(blocks_of(net)) == [[f"{name}.up", f"{name}.down"] for name in "012"]
 
 
 def test_a_branch_before_the_first_attention_is_a_block_of_its_own() -> None:
@@ -117,7 +86,7 @@ def test_a_branch_before_the_first_attention_is_a_block_of_its_own() -> None:
     net.add(net.mlp(net.norm(net.h), "first"))
     net.add(net.attention(net.norm(net.h), "0"))
     net.add(net.mlp(net.norm(net.h), "0"))
-    assert names(net.find()) == [["first.up", "first.down"], layer("0")]
+    assert names(blocks_of(net)) == [["first.up", "first.down"], layer("0")]
 
 
 def test_keys_and_values_that_are_outputs_do_not_cross() -> None:
@@ -129,7 +98,7 @@ def test_keys_and_values_that_are_outputs_do_not_cross() -> None:
         outputs += [k, v]
         scores = net.graph.op("MatMul", net.linear(x, f"{name}.q"), net.graph.op("Transpose", k, perm=[0, 2, 1]))
         net.add(net.linear(net.graph.op("MatMul", net.graph.op("Softmax", scores), v), f"{name}.o"))
-    assert [len(block) for block in names(net.find(net.h, *outputs))] == [4, 4]
+    assert [len(block) for block in names(blocks_of(net, net.h, *outputs))] == [4, 4]
 
 
 def test_shapes_that_are_read_later_do_not_cross() -> None:
@@ -138,7 +107,7 @@ def test_shapes_that_are_read_later_do_not_cross() -> None:
     size = net.graph.op("Shape", net.h)
     net.add(net.mlp(net.norm(net.h), "1"))
     net.add(net.mlp(net.norm(net.h), "2"))
-    assert len(net.find(net.graph.op("Reshape", net.h, size))) == 3
+    assert len(blocks_of(net, net.graph.op("Reshape", net.h, size))) == 3
 
 
 def test_a_memory_that_every_block_reads_makes_them_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,10 +117,10 @@ def test_a_memory_that_every_block_reads_makes_them_one(monkeypatch: pytest.Monk
     memory, net.h = net.h, "x"
     for name in ("0", "1"):
         net.add(net.attention(net.norm(net.h), name, memory))
-    assert len(net.find()) == 1
+    assert len(blocks_of(net)) == 1
     monkeypatch.setattr(blocks_module, "MAX_GROUPS", 3)
     with pytest.raises(ModelError, match="the graph does not fall apart into blocks, use --reconstruct group"):
-        net.find()
+        blocks_of(net)
 
 
 def test_a_long_chain_of_branches_that_never_meet_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +130,7 @@ def test_a_long_chain_of_branches_that_never_meet_is_an_error(monkeypatch: pytes
     for branch in branches:
         net.add(branch)
     with pytest.raises(ModelError, match="has 6 groups: the graph does not fall apart into blocks, use --reconstruct group"):
-        net.find()
+        blocks_of(net)
 
 
 def test_no_groups_no_blocks() -> None:
