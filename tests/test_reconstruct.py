@@ -203,6 +203,16 @@ def test_groups_of_several_schemes(tmp_path: Path) -> None:
     assert all(np.abs(store(name).codes).max() <= 8 for name in others)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu(tmp_path: Path) -> None:
+    net, data = network(), samples(16)
+    model, groups = net.model()
+    store = reconstruct(model, groups, data, Recipe(), workdir=tmp_path, fingerprint="f", device="cuda", stacks=True, training=SHORT)
+    assert error(net, store, samples(4, seed=9)) < 0.25
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_broken_weights_and_activations_are_one_line(tmp_path: Path) -> None:
     net = network(1)
     data = samples(4)
