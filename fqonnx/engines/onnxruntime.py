@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from fqonnx.engines import Profile
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """Execution provider by the name that ``--device`` takes."""
@@ -35,16 +34,6 @@ _FATAL = 4
 
 _PREFIX = re.compile(r"\[ONNXRuntimeError\] : \d+ : (\w+) : ")
 _SOURCE = re.compile(r"\S*/(?:onnxruntime_src|onnxruntime)/\S+:\d+ \S.*?\) ?")
-
-
-class OnnxRuntime:
-    """The engine ``onnxruntime``: it loads ``model.onnx`` as it is, so there is no file to build."""
-
-    def require(self, target: str | None = None) -> None:
-        """Do nothing; ONNX Runtime is a dependency of fqonnx and runs what is stored for any target."""
-
-    def build(self, model_path: Path, out_path: Path, *, profiles: Mapping[str, Profile], target: str | None = None) -> None:
-        """Do nothing; verification runs the model in ONNX Runtime."""
 
 
 def session(
