@@ -29,12 +29,13 @@ if TYPE_CHECKING:
     metavar="TOKENS",
     help="Past and present keys and values of a decoder share one buffer of so many tokens.  [default: each its own]",
 )
+@click.option("--engine", is_flag=True, help="Measure the engine of the build directory MODEL instead of its model.")
 @click.option("--profile", is_flag=True, help="Show where the time goes, by op, from separate runs.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random inputs.")
 @options.json_option
 @options.verbosity_options
 def bench(model: Path, baseline: Path | None, as_json: bool, quiet: bool, **choices: Any) -> int:
-    """Measure MODEL (a model or a build directory) in ONNX Runtime: latency, throughput and memory, beside those of --baseline."""
+    """Measure MODEL (a model or a build directory) in ONNX Runtime or as its engine: latency and memory, beside those of --baseline."""
     from fqonnx.bench import bench as measure
 
     result = measure(model, baseline, progress=terminal.progress(quiet), **choices)

@@ -1,8 +1,9 @@
-"""How fast a model is, and how much faster than another: both in ONNX Runtime, in one run, on buffers that stay on the device.
+"""How fast a model is, and how much faster than another, in one run, on buffers that stay on the device.
 
-A run is one call of the session with every input and output bound to memory of the device, so that no copy from or to the host is part
-of it, and it ends when the device is done. The models take turns in blocks of runs, so that both see the same clocks; within a block runs
-follow one another, which leaves caches as warm as a server's are. Inputs are random and fit what the graph does with them.
+Both run in ONNX Runtime, or the model as its TensorRT engine. A run is one call of the session or the engine with every input and output
+bound to memory of the device, so that no copy from or to the host is part of it, and it ends when the device is done. The models take turns
+in blocks of runs, so that both see the same clocks; within a block runs follow one another, which leaves caches as warm as a server's are.
+Inputs are random and fit what the graph does with them.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import time
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import onnx.parser
@@ -27,6 +29,8 @@ from fqonnx.calib.random_data import RandomSource
 from fqonnx.calib.roles import input_roles
 from fqonnx.devices import Memory, device_name
 from fqonnx.engines.onnxruntime import one_line_errors, run, session
+from fqonnx.engines.tensorrt_library import FLAVOURS
+from fqonnx.engines.tensorrt_run import BoundEngine, load_engine
 from fqonnx.errors import EngineError, UsageError
 from fqonnx.profile import Profile, read_calls, recorded_work, summarize
 from fqonnx.progress import Silent
@@ -34,7 +38,7 @@ from fqonnx.sizes import constant_bytes
 from fqonnx.verify.runners import Side, require_same_interface
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import numpy.typing as npt
     from rich.console import Console
@@ -192,6 +196,7 @@ def bench(
     iterations: int = 10,
     cuda_graph: bool | None = None,
     kv_cache: int | None = None,
+    engine: bool = False,
     profile: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
@@ -209,6 +214,7 @@ def bench(
         iterations: Timed runs at least.
         cuda_graph: Replay captured CUDA graphs; None where both models allow it.
         kv_cache: Give past and present keys and values one buffer of so many tokens, as decoders are deployed; None gives each its own.
+        engine: Run the engine file of the build directory ``model`` in place of its model; the baseline stays in ONNX Runtime.
         profile: Measure where the time goes too, in separate runs.
         seed: Seed of the inputs.
         progress: Where to tell how far it is.
@@ -217,12 +223,14 @@ def bench(
         UsageError: A shape does not fit, or an option does not go with the device or the model.
         ModelError: A model cannot be read, or the two differ in their inputs or outputs.
         ArtifactError: A build directory is not whole.
-        EngineError: ONNX Runtime cannot load or run a model on the device.
+        EngineError: ONNX Runtime cannot load or run a model on the device, or the engine does not run here.
     """
     progress = progress or Silent()
     if cuda_graph and device != "cuda":
         raise UsageError("CUDA graphs need a CUDA device: give --device cuda, or leave --cuda-graph out")
     sides = {CANDIDATE: Side.open(model)}
+    if engine:
+        _require_engine(sides[CANDIDATE], device, kv_cache, profile)
     if baseline is not None:
         sides = {BASELINE: Side.open(baseline), **sides}
         require_same_interface(*sides.values())
@@ -230,35 +238,34 @@ def bench(
     # The baseline knows best what its inputs are for: it has the operators that were exported.
     feeds = [_feeds(next(iter(sides.values())).model, given, kv_cache, seed) for given in sets]
     memory = Memory(device)
-    if device == "cuda":
+    if device == "cuda" and not (engine and baseline is None):
         _load_libraries(device)
-    inputs = [{name: _to_device(array, device) for name, array in fed.items()} for fed in feeds]
     notes: list[str] = []
     captured = cuda_graph if cuda_graph is not None else device == "cuda"
     try:
-        runners = _load(sides, inputs, device, captured, kv_cache, memory, progress)
+        runners = _load(sides, feeds, device, captured, kv_cache, engine, memory, progress)
     except EngineError as error:
         if not captured or cuda_graph:
             raise
-        notes.append(f"without CUDA graphs, which ONNX Runtime refuses for these models: {error}")
+        notes.append(f"without CUDA graphs, which are refused for these models: {error}")
         captured = False
-        runners = _load(sides, inputs, device, captured, kv_cache, memory, progress)
+        runners = _load(sides, feeds, device, captured, kv_cache, engine, memory, progress)
     results = _measure(runners, sets, feeds, (warm_up, duration, iterations), progress)
     models = {role: runner.result for role, runner in runners.items()}
     runners.clear()
     if profile:
         with progress.task("Profiling", len(sides) * len(feeds)) as task:
-            for result, bound in zip(results, inputs, strict=True):
+            for result, fed in zip(results, feeds, strict=True):
                 for role, side in sides.items():
-                    result.profile[role] = _profile(side, bound, device, kv_cache)
+                    result.profile[role] = _profile(side, fed, device, kv_cache)
                     task.advance()
         if any(p.measured == "host" for result in results for p in result.profile.values()) and device == "cuda":
             notes.append("PyTorch sees no GPU here: an op's time in the profile is that of its launches, not of its kernels")
-    return Bench(models, tuple(results), device_name(device), captured, kv_cache, tuple(notes), _versions(device))
+    return Bench(models, tuple(results), device_name(device), captured, kv_cache, tuple(notes), _versions(device, sides, engine))
 
 
 def _measure(
-    runners: Mapping[str, _Runner], sets: Sequence[Shapes], feeds: Sequence[Feeds], limits: tuple[float, float, int], progress: Progress
+    runners: Mapping[str, Runner], sets: Sequence[Shapes], feeds: Sequence[Feeds], limits: tuple[float, float, int], progress: Progress
 ) -> list[ShapeResult]:
     """Every model on every set; ``limits`` are warm-up and duration in seconds, and runs at least."""
     results = []
@@ -380,18 +387,24 @@ def _in_words(shape: Sequence[int | str | None]) -> str:
 
 def _load(
     sides: Mapping[str, Side],
-    inputs: Sequence[Inputs],
+    feeds: Sequence[Feeds],
     device: str,
     captured: bool,
     kv_cache: int | None,
+    engine: bool,
     memory: Memory,
     progress: Progress,
-) -> dict[str, _Runner]:
+) -> dict[str, Runner]:
     """Every model, loaded and warm for every set of shapes."""
-    runners = {}
+    runners: dict[str, Runner] = {}
+    # One copy for all sessions, before any is loaded: inputs are no part of a model's memory.
+    inputs = [] if engine and len(sides) == 1 else [{name: _to_device(array, device) for name, array in fed.items()} for fed in feeds]
     with progress.task("Loading", len(sides)) as task:
         for role, side in sides.items():
-            runners[role] = _Runner(side, inputs, device, captured=captured, kv_cache=kv_cache, memory=memory)
+            if engine and role == CANDIDATE:
+                runners[role] = _EngineRunner(side, feeds, captured=captured, memory=memory)
+            else:
+                runners[role] = _Runner(side, inputs, device, captured=captured, kv_cache=kv_cache, memory=memory)
             task.advance()
     return runners
 
@@ -400,6 +413,28 @@ def _load_libraries(device: str) -> None:
     """Have the runtime load what it loads once a process, cuBLAS above all: it is no part of the first model's memory."""
     model = onnx.parser.parse_model(_PRODUCT)
     run(session(model.SerializeToString(), device=device), {"x": np.ones((64, 64), np.float16)})
+
+
+class Runner(Protocol):
+    """A model that is loaded and warm for every set of shapes."""
+
+    result: ModelResult
+
+    def time(self, index: int, runs: int) -> list[float]:
+        """Seconds of each of so many runs of a set, after a few that are not timed."""
+        ...
+
+
+def _time(execute: Callable[[], None], runs: int) -> list[float]:
+    clock = time.perf_counter
+    for _ in range(_SETTLING_RUNS):
+        execute()
+    seconds = []
+    for _ in range(runs):
+        start = clock()
+        execute()
+        seconds.append(clock() - start)
+    return seconds
 
 
 class _Runner:
@@ -445,15 +480,7 @@ class _Runner:
 
     def time(self, index: int, runs: int) -> list[float]:
         """Seconds of each of so many runs, after a few that are not timed."""
-        clock, execute, (binding, options) = time.perf_counter, self.session.run_with_iobinding, self._runs[index]
-        for _ in range(_SETTLING_RUNS):
-            execute(binding, options)
-        seconds = []
-        for _ in range(runs):
-            start = clock()
-            execute(binding, options)
-            seconds.append(clock() - start)
-        return seconds
+        return _time(partial(self.session.run_with_iobinding, *self._runs[index]), runs)
 
     def _bind(self, index: int, inputs: Inputs, in_place: bool) -> tuple[Any, Any]:
         """Bound inputs and outputs for one set of shapes, and how to run it."""
@@ -490,6 +517,57 @@ class _Runner:
         return {target: inputs[source] for source, target in zip(past, present, strict=True)}
 
 
+class _EngineRunner:
+    """An engine, and for each set of shapes a context with its inputs and outputs bound.
+
+    Args:
+        side: The build directory.
+        feeds: Of every set.
+        captured: Whether to capture CUDA graphs.
+        memory: What measures the device's memory.
+        device: Where torch puts the inputs.
+    """
+
+    def __init__(self, side: Side, feeds: Sequence[Feeds], *, captured: bool, memory: Memory, device: str = "cuda") -> None:
+        assert side.engine is not None, "asked before"
+        path, built = side.engine
+        tensors = [{name: _to_torch(array, device) for name, array in fed.items()} for fed in feeds]
+        before, started = memory.used(), time.perf_counter()
+        self._loaded = load_engine(path, built)
+        seconds = time.perf_counter() - started
+        self._runs = [BoundEngine(self._loaded.engine, built, bound, graph=captured) for bound in tensors]
+        for bound in self._runs:
+            bound.run()
+        used = memory.used()
+        name = f"{side.name} ({FLAVOURS[built.engine].title} {built.version})"
+        self.result = ModelResult(name, constant_bytes(side.model), None if used is None or before is None else used - before, seconds)
+
+    def time(self, index: int, runs: int) -> list[float]:
+        """Seconds of each of so many runs, after a few that are not timed."""
+        return _time(self._runs[index].run, runs)
+
+
+def _require_engine(side: Side, device: str, kv_cache: int | None, profile: bool) -> None:
+    if side.engine is None:
+        raise UsageError(f"{side.name} has no engine file: leave out --engine, or build it with --engine tensorrt or tensorrt-rtx")
+    if device != "cuda":
+        raise UsageError("--engine runs on a CUDA device: give --device cuda")
+    for given, option in ((kv_cache is not None, "--kv-cache"), (profile, "--profile")):
+        if given:
+            raise UsageError(f"{option} is for models in ONNX Runtime: leave it or --engine out")
+
+
+def _to_torch(array: npt.NDArray[Any], device: str) -> Any:
+    import torch
+
+    array = np.ascontiguousarray(array)
+    if array.dtype.kind in "biuf":
+        return torch.from_numpy(array).to(device)
+    # bfloat16 and the like are no types of numpy's own.
+    kind = getattr(torch, array.dtype.name)
+    return torch.from_numpy(array.view(f"u{array.dtype.itemsize}")).view(kind).to(device)
+
+
 def _to_device(array: npt.NDArray[Any], device: str) -> Any:
     import onnxruntime as ort
 
@@ -502,7 +580,7 @@ def _to_device(array: npt.NDArray[Any], device: str) -> Any:
     return value
 
 
-def _block_size(runner: _Runner, index: int, warm_up: float, duration: float, iterations: int) -> int:
+def _block_size(runner: Runner, index: int, warm_up: float, duration: float, iterations: int) -> int:
     """Runs a block, from what runs take during the warm-up."""
     started, seconds = time.perf_counter(), list[float]()
     while not seconds or time.perf_counter() - started < warm_up:
@@ -513,7 +591,8 @@ def _block_size(runner: _Runner, index: int, warm_up: float, duration: float, it
 # --- Profile -----------------------------------------------------------------------------------------------------------------------------
 
 
-def _profile(side: Side, inputs: Inputs, device: str, kv_cache: int | None) -> Profile:
+def _profile(side: Side, fed: Feeds, device: str, kv_cache: int | None) -> Profile:
+    inputs = {name: _to_device(array, device) for name, array in fed.items()}
     with tempfile.TemporaryDirectory(prefix="fqonnx-bench-") as folder:
         to = Path(folder) / "profile"
         runner = _Runner(side, [inputs], device, captured=False, kv_cache=kv_cache, memory=Memory(device), profile_to=to)
@@ -525,13 +604,21 @@ def _profile(side: Side, inputs: Inputs, device: str, kv_cache: int | None) -> P
         return summarize(calls, _PROFILED_RUNS, work)
 
 
-def _versions(device: str) -> dict[str, str]:
+def _versions(device: str, sides: Mapping[str, Side], engine: bool) -> dict[str, str]:
     import onnxruntime as ort
 
     from fqonnx import __version__
 
     versions = {"fqonnx": __version__, "onnxruntime": ort.__version__, "python": platform.python_version()}
+    if engine and (built := sides[CANDIDATE].engine) is not None:
+        versions[built[1].engine] = built[1].version
     return versions | ({"cuda": ort.cuda_version} if device == "cuda" else {})
+
+
+def _runtimes(versions: Mapping[str, str]) -> list[str]:
+    """What ran, by name and version."""
+    titles = {"onnxruntime": "ONNX Runtime"} | {name: flavour.title for name, flavour in FLAVOURS.items()}
+    return [f"{title} {versions[name]}" for name, title in titles.items() if name in versions]
 
 
 # --- The terminal ------------------------------------------------------------------------------------------------------------------------
@@ -545,8 +632,9 @@ def print_bench(result: Bench, console: Console) -> None:
         console.print(printed)
     how = "replayed CUDA graphs" if result.cuda_graphs else "one call each"
     cache = f"; past and present share buffers of {result.kv_cache} tokens" if result.kv_cache else ""
+    runtimes = ", ".join(_runtimes(result.versions))
     console.print(
-        f"{escape(result.device)}, ONNX Runtime {result.versions['onnxruntime']}; {how}{cache}. Inputs and outputs stay on the device; "
+        f"{escape(result.device)}, {runtimes}; {how}{cache}. Inputs and outputs stay on the device; "
         "back-to-back runs in alternating blocks, caches as the run before left them."
     )
     for note in result.notes:

@@ -9,15 +9,18 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from onnx import TensorProto, helper
 from rich.console import Console
 
+from fqonnx import bench as bench_module
 from fqonnx.bench import BASELINE, CANDIDATE, Bench, Latency, bench, print_bench, resolve_shapes
 from fqonnx.build import build
 from fqonnx.cli.bench import bench as bench_command
@@ -25,10 +28,13 @@ from fqonnx.cli.terminal import quiet_libraries
 from fqonnx.devices import Memory, device_name
 from fqonnx.engines.onnxruntime import run as run_session
 from fqonnx.engines.onnxruntime import session
+from fqonnx.engines.tensorrt_run import Loaded
 from fqonnx.errors import EngineError, ModelError, UsageError
 from fqonnx.model import ModelInput
 from fqonnx.profile import UNKNOWN, Call, Work, read_calls, read_work, summarize
 from fqonnx.recipe import Recipe
+from fqonnx.report import EngineReport
+from fqonnx.verify.runners import Side
 from tests.cli_support import VOCABULARY, K, one_line, write_language_model, write_mlp
 
 SAMPLES = Path(__file__).parents[1] / "samples"
@@ -439,6 +445,81 @@ def test_tables_for_people(mlp: Path) -> None:
     assert "baseline" not in alone
     assert "x:1x32" in alone
     assert "one call each" in alone
+
+
+# --- Engines
+
+
+ENGINE = EngineReport(engine="tensorrt", version="10.13.0", profiles=({"x": ((1, 32), (1, 32), (64, 32))},))
+
+
+class BoundStandIn:
+    """``BoundEngine`` without a GPU: it keeps what it was bound to and counts its runs."""
+
+    made: ClassVar[list[BoundStandIn]] = []
+
+    def __init__(self, engine: object, built: EngineReport, inputs: dict[str, Any], *, graph: bool) -> None:
+        self.engine, self.built, self.inputs, self.graph, self.runs = engine, built, inputs, graph, 0
+        self.made.append(self)
+
+    def run(self) -> None:
+        self.runs += 1
+
+
+@pytest.fixture
+def engine_side(mlp: Path, monkeypatch: pytest.MonkeyPatch) -> Side:
+    monkeypatch.setattr(BoundStandIn, "made", [])
+    monkeypatch.setattr(bench_module, "BoundEngine", BoundStandIn)
+    monkeypatch.setattr(bench_module, "load_engine", lambda path, built: Loaded((path, built), None, None))
+    return replace(Side.open(mlp), engine=(Path("engine.plan"), ENGINE))
+
+
+def test_an_engine_is_bound_once_a_set_and_run_as_often_as_timed(engine_side: Side) -> None:
+    feeds = [{"x": np.full((rows, 32), rows, np.float32)} for rows in (1, 5)]
+    runner = bench_module._EngineRunner(engine_side, feeds, captured=True, memory=Memory("cpu"), device="cpu")
+    first, second = BoundStandIn.made
+    assert [bound.inputs["x"].tolist() for bound in (first, second)] == [fed["x"].tolist() for fed in feeds]
+    assert all(bound.graph and bound.built is ENGINE and bound.runs == 1 for bound in (first, second))
+    seconds = runner.time(1, 7)
+    assert len(seconds) == 7
+    assert min(seconds) >= 0
+    assert (first.runs, second.runs) == (1, 1 + 2 + 7)
+    assert runner.result.name == "mlp.onnx (TensorRT 10.13.0)"
+    assert runner.result.weights == sum(t.const_value.nbytes for t in engine_side.model.graph.initializers.values() if t.const_value)
+
+
+def test_bfloat16_reaches_torch_as_it_is() -> None:
+    array = np.array([1.5, -3.0, 1e30], ml_dtypes.bfloat16)
+    tensor = bench_module._to_torch(array, "cpu")
+    assert tensor.dtype == torch.bfloat16
+    assert tensor.float().tolist() == array.astype(np.float32).tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cpu"}, "--engine runs on a CUDA device: give --device cuda"),
+        ({"device": "cuda", "kv_cache": 64}, "--kv-cache is for models in ONNX Runtime"),
+        ({"device": "cuda", "profile": True}, "--profile is for models in ONNX Runtime"),
+    ],
+)
+def test_what_an_engine_is_not_measured_with(
+    engine_side: Side, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(Side, "open", lambda path: engine_side)
+    with pytest.raises(UsageError, match=message):
+        bench("out", engine=True, **options)
+
+
+def test_a_build_without_an_engine(built: Path) -> None:
+    with pytest.raises(UsageError, match="w4a4 has no engine file: leave out --engine, or build it with --engine tensorrt"):
+        bench(built, engine=True, device="cuda")
+
+
+def test_tables_name_what_ran(mlp: Path) -> None:
+    result = bench(mlp, **QUICK)
+    assert "ONNX Runtime 1." in printed(result)
+    assert "TensorRT 10.13.0; one call" in printed(replace(result, versions=result.versions | {"tensorrt": "10.13.0"}))
 
 
 @pytest.mark.gpu
