@@ -30,7 +30,7 @@ from fqonnx.calib import stores
 from fqonnx.calib.observe import model_fingerprint
 from fqonnx.calib.stream import StreamedModel
 from fqonnx.errors import CalibrationError
-from fqonnx.passes.kv_cache import CacheTransform, output_importance
+from fqonnx.passes.kv_cache import FORMATS, CacheTransform, output_importance
 from fqonnx.progress import Silent
 
 if TYPE_CHECKING:
@@ -404,13 +404,14 @@ def _rounding(x: torch.Tensor, forward: torch.Tensor, backward: torch.Tensor) ->
     """What storing ``x`` ``[heads, T, size]`` as int4 adds to it; differentiable by the straight-through estimator."""
     import torch
 
-    y = x @ forward
+    y = (x @ forward).reshape(*x.shape[:-1], FORMATS["int4"].groups(x.shape[-1]), -1)
     low, high = y.amin(-1, keepdim=True).clamp_max(0), y.amax(-1, keepdim=True).clamp_min(0)
     scale = ((high - low) / 256).clamp_min(torch.finfo(y.dtype).tiny)
     zero = ((-low / scale).round() - 8).clamp(0, 255).detach()
     cells = (y / scale + zero) / 16
     cells = cells + (cells.round() - cells).detach()
-    return ((16 * cells.clamp(0, 15) - zero) * scale - y) @ backward
+    error: torch.Tensor = (16 * cells.clamp(0, 15) - zero) * scale - y
+    return error.reshape(x.shape) @ backward
 
 
 def _error(tokens: torch.Tensor, metric: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

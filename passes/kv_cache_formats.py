@@ -1,12 +1,13 @@
 """How keys and values are stored in a quantized cache: the formats, what they mean in numpy, and their nodes in standard operators.
 
 A cache ``[batch, heads, tokens, size]`` is quantized per head and token: every vector of ``size`` values has a scale of its own, and in
-the integer formats a zero point, since keys and values are not symmetric about zero. Parts of the cache, per format:
+the integer formats a zero point, since keys and values are not symmetric about zero. In ``int4`` every 32 values of a vector have, where
+its size is a multiple of that: with four bits the width of a range is what counts. Parts of the cache, per format:
 
 | format | codes | scale | zero point |
 |---|---|---|---|
 | ``int8`` | uint8 ``[.., size]`` | ``[.., 1]`` | uint8 ``[.., 1]`` |
-| ``int4`` | uint8 ``[.., size / 2]``: channel ``i`` in the low nibble, ``i + size / 2`` in the high one | ``[.., 1]`` | uint8 ``[.., 1]`` |
+| ``int4`` | uint8 ``[.., size / 2]``: channel ``i`` in the low nibble, ``i + size / 2`` in the high one | ``[.., size / 32]`` | uint8 |
 | ``fp8`` | uint8 ``[.., size]``, the bits of FLOAT8E4M3FN | ``[.., 1]`` | |
 
 A value is ``(code - zero_point) * scale``, where the code of ``int4`` is 16 times the nibble: so the zero point falls on sixteenths of a
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 UINT8, FLOAT = ir.DataType.UINT8, ir.DataType.FLOAT
+GROUP = 32
+"""Values of a vector that share a scale in ``int4``."""
 E4M3_MAX = 448.0
 """Largest FLOAT8E4M3FN."""
 
@@ -61,9 +64,13 @@ class Format:
         """Scales in the range of a vector: 255 between the ends, or 16 cells of 16."""
         return 256 if self.bits == 4 else 255
 
+    def groups(self, size: int) -> int:
+        """Scales of one vector of ``size`` values."""
+        return size // GROUP if self.bits == 4 and size % GROUP == 0 else 1
+
     def columns(self, part: str, size: int) -> int:
         """Elements of a part that one vector of ``size`` values takes."""
-        return size * self.bits // 8 if part == "codes" else 1
+        return size * self.bits // 8 if part == "codes" else self.groups(size)
 
     def dtype(self, part: str, cache: ir.DataType) -> ir.DataType:
         """A part's element type where the float cache has type ``cache``."""
@@ -101,7 +108,7 @@ def quantize(x: Array, form: Format) -> dict[str, Array]:
     Returns:
         By part, as the module says.
     """
-    wide = x.astype(np.float32)
+    wide = x.astype(np.float32).reshape(*x.shape[:-1], form.groups(x.shape[-1]), -1)
     with np.errstate(invalid="ignore", over="ignore"):
         low, high = np.minimum(wide.min(-1, keepdims=True), 0), np.maximum(wide.max(-1, keepdims=True), 0)
         step = (high - low) / np.float32(form.steps) if form.zero_point else np.maximum(high, -low) / np.float32(E4M3_MAX)
@@ -109,18 +116,18 @@ def quantize(x: Array, form: Format) -> dict[str, Array]:
         divisor = scale.astype(np.float32)
         if not form.zero_point:
             ratio = np.clip(wide / divisor, -E4M3_MAX, E4M3_MAX)
-            return {"codes": ratio.astype(ml_dtypes.float8_e4m3fn).view(np.uint8), "scale": scale}
+            return {"codes": ratio.astype(ml_dtypes.float8_e4m3fn).view(np.uint8).reshape(x.shape), "scale": scale[..., 0]}
         if form.bits == 4:
             zero = np.clip(np.round(-low / divisor) - 8, 0, 255)
             codes = np.clip(np.round((wide / divisor + zero) / 16), 0, 15)
         else:
             zero = np.clip(np.round(-low / divisor), 0, 255)
             codes = np.clip(np.round(wide / divisor) + zero, 0, 255)
-        codes, zero = (np.nan_to_num(a).astype(np.uint8) for a in (codes, zero))
+        codes, zero = (np.nan_to_num(a).astype(np.uint8) for a in (codes.reshape(x.shape), zero[..., 0]))
     if form.bits == 4:
         half = codes.shape[-1] // 2
         codes = codes[..., :half] | (codes[..., half:] << 4)
-    return {"codes": codes, "scale": scale, "zero_point": zero}
+    return {"codes": codes, "scale": scale[..., 0], "zero_point": zero}
 
 
 def dequantize(parts: Mapping[str, Array], form: Format) -> Array:
@@ -131,7 +138,9 @@ def dequantize(parts: Mapping[str, Array], form: Format) -> Array:
         return values.astype(scale.dtype)
     if form.bits == 4:
         codes = np.concatenate([codes << 4, codes & 0xF0], axis=-1)
-    return ((codes.astype(np.float32) - parts["zero_point"].astype(np.float32)) * scale.astype(np.float32)).astype(scale.dtype)
+    rows = codes.astype(np.float32).reshape(*scale.shape, -1)
+    rows = (rows - parts["zero_point"].astype(np.float32)[..., None]) * scale.astype(np.float32)[..., None]
+    return rows.reshape(codes.shape).astype(scale.dtype)
 
 
 def _smallest(dtype: np.dtype[Any]) -> np.float32:
@@ -154,11 +163,17 @@ class Emitter:
 
     def __init__(self, insert: Insertion, name: str, form: Format, dtype: ir.DataType, size: int) -> None:
         self._insert, self._name, self._form, self._dtype, self._size = insert, name, form, dtype, size
+        self._groups = form.groups(size)
 
     def quantize(self, x: ir.Value) -> dict[str, ir.Value]:
         """Nodes from ``x`` ``[.., size]`` to the parts of ``quantize``."""
-        form, narrow = self._form, last_dim(x.shape, 1)
+        form = self._form
         wide = x if self._dtype == FLOAT else self._node("Cast", [x], "wide", FLOAT, x.shape, to=FLOAT.value)
+        if self._groups > 1:
+            sizes = (self._groups, self._size // self._groups)
+            grouped = None if x.shape is None else ir.Shape([*x.shape[:-1], *sizes])
+            wide = self._node("Reshape", [wide, self._ints("groups", [0, 0, 0, *sizes])], "grouped", FLOAT, grouped)
+        narrow = last_dim(wide.shape, 1)
         axis, zero = self._ints("axis", [-1]), self._floats("nought", 0.0)
         low = self._node("Min", [self._node("ReduceMin", [wide, axis], "min", FLOAT, narrow, keepdims=1), zero], "low", FLOAT, narrow)
         high = self._node("Max", [self._node("ReduceMax", [wide, axis], "max", FLOAT, narrow, keepdims=1), zero], "high", FLOAT, narrow)
@@ -175,6 +190,7 @@ class Emitter:
         if self._dtype != FLOAT:
             scale = self._node("Cast", [divisor], "scale", self._dtype, narrow, to=self._dtype.value)
             divisor = self._node("Cast", [scale], "rounded_divisor", FLOAT, narrow, to=FLOAT.value)
+        scale = self._flat(scale, "scales")
         if not form.zero_point:
             return {"codes": self._e4m3(self._node("Div", [wide, divisor], "ratio", FLOAT, x.shape)), "scale": scale}
         depth = self._node("Neg", [self._node("Div", [low, divisor], "low_ratio", FLOAT, narrow)], "depth", FLOAT, narrow)
@@ -183,9 +199,10 @@ class Emitter:
             rounded = self._node("Sub", [rounded, self._floats("half_a_step", 8.0)], "centred", FLOAT, narrow)
         clipped = self._node("Clip", [rounded, zero, self._floats("highest", 255.0)], "clipped", FLOAT, narrow)
         whole = self._first(clipped, "zero")
-        zero_point = self._node("Cast", [whole], "zero_point", UINT8, narrow, to=UINT8.value)
+        zero_point = self._flat(self._node("Cast", [whole], "zero_point", UINT8, narrow, to=UINT8.value), "zero_points")
         if form.bits == 4:
-            codes = self._pack(self._nibbles(self._node("Div", [wide, divisor], "ratio", FLOAT, x.shape), whole))
+            nibbles = self._nibbles(self._node("Div", [wide, divisor], "ratio", FLOAT, wide.shape), whole)
+            codes = self._pack(self._flat(nibbles, "nibbles_in_a_row"))
         else:
             codes = self._node("QuantizeLinear", [x, scale, zero_point], "codes", UINT8, x.shape, axis=-1, block_size=self._size)
         return {"codes": codes, "scale": scale, "zero_point": zero_point}
@@ -203,12 +220,23 @@ class Emitter:
             high = self._node("BitwiseAnd", [codes, self._bytes("high_mask", 0xF0)], "high_nibbles", UINT8, codes.shape)
             codes = self._node("Concat", [low, high], "unpacked", UINT8, shape, axis=-1)
         inputs = [codes, scale, parts["zero_point"]]
-        return self._node("DequantizeLinear", inputs, "dequantized", self._dtype, shape, axis=-1, block_size=self._size)
+        return self._node("DequantizeLinear", inputs, "dequantized", self._dtype, shape, axis=-1, block_size=self._size // self._groups)
 
     def _first(self, x: ir.Value, name: str) -> ir.Value:
         """The first column: ONNX Runtime (1.31) leaves a tensor without tokens unreduced; elsewhere this is all there is."""
         bounds = [self._ints(f"{name}_{word}", [value]) for word, value in (("begin", 0), ("end", 1), ("axis", -1))]
         return self._node("Slice", [x, *bounds], name, FLOAT, x.shape)
+
+    def _flat(self, x: ir.Value, name: str) -> ir.Value:
+        """Groups of a vector, or what there is one of for each of them, side by side again."""
+        if self._groups == 1:
+            return x
+        shape = x.shape
+        assert x.dtype is not None
+        flat = None if shape is None else ir.Shape([*shape[:-2], self._size if shape[-1] != 1 else self._groups])
+        columns = -1 if flat is None else flat[-1]
+        assert isinstance(columns, int)
+        return self._node("Reshape", [x, self._ints(f"{name}_shape", [0, 0, 0, columns])], name, x.dtype, flat)
 
     def _nibbles(self, ratio: ir.Value, zero: ir.Value) -> ir.Value:
         shape = ratio.shape

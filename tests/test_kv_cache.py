@@ -115,7 +115,20 @@ def test_fp8_by_hand() -> None:
     np.testing.assert_array_equal(dequantize(parts, FORMATS["fp8"]), [[448, -448, 0.4375, 2.0**-9]])
 
 
-@pytest.mark.parametrize(("name", "size", "expected"), [("int8", 64, 64 + 2 + 1), ("int4", 64, 32 + 2 + 1), ("fp8", 128, 128 + 2)])
+def test_int4_has_a_scale_for_every_32_values() -> None:
+    x = np.concatenate([np.linspace(0, 16, 33)[:-1], np.linspace(0, 160, 33)[:-1]]).astype(np.float32)[None]
+    parts = quantize(x, FORMATS["int4"])
+    np.testing.assert_allclose(parts["scale"], [[15.5 / 256, 155 / 256]])
+    assert parts["zero_point"].tolist() == [[0, 0]]
+    y = dequantize(parts, FORMATS["int4"])
+    assert float(np.abs(y - x)[0, :32].max()) < 1
+    assert 1 < float(np.abs(y - x)[0, 32:].max()) < 10
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "expected"),
+    [("int8", 64, 64 + 2 + 1), ("int4", 64, 32 + 2 * (2 + 1)), ("int4", 48, 24 + 2 + 1), ("fp8", 128, 128 + 2)],
+)
 def test_bytes(name: str, size: int, expected: int) -> None:
     assert FORMATS[name].bytes_per_vector(size, ir.DataType.FLOAT16) == expected
 
@@ -148,12 +161,13 @@ HARD_ROWS = {
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.FLOAT16])
-def test_nodes_are_the_reference(name: str, dtype: ir.DataType) -> None:
-    model = format_model(name, dtype, 8)
+@pytest.mark.parametrize("size", [8, 64])
+def test_nodes_are_the_reference(name: str, dtype: ir.DataType, size: int) -> None:
+    model = format_model(name, dtype, size)
     check(model)
     rng = np.random.default_rng(0)
     x = np.concatenate([np.stack([*HARD_ROWS.values()]), rng.normal(size=(54, 8)) * np.exp(rng.normal(size=(54, 1)) * 3)])
-    x = x.reshape(2, 3, 10, 8).astype(dtype.numpy())
+    x = np.tile(x.reshape(2, 3, 10, 8), size // 8).astype(dtype.numpy()) * np.repeat([1, 0.25], size // 2).astype(dtype.numpy())
     got = run(model, {"x": x})
     expected = quantize(x, FORMATS[name])
     for part, array in expected.items():
@@ -175,8 +189,10 @@ def test_what_is_not_finite_stays_seen(name: str, bad: float) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_no_tokens(name: str) -> None:
-    assert run(format_model(name, ir.DataType.FLOAT, 8), {"x": np.zeros((2, 3, 0, 8), np.float32)})["y"].shape == (2, 3, 0, 8)
+@pytest.mark.parametrize("size", [8, 64])
+def test_no_tokens(name: str, size: int) -> None:
+    x = np.zeros((2, 3, 0, size), np.float32)
+    assert run(format_model(name, ir.DataType.FLOAT, size), {"x": x})["y"].shape == x.shape
 
 
 def test_every_e4m3_number_comes_back() -> None:
