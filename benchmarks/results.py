@@ -124,7 +124,7 @@ def report(title: str, rows: Sequence[Row], contenders: Sequence[str], *, as_jso
         click.echo(document(rows, **about))
     else:
         show(title, rows, contenders)
-        click.echo(f"{METHOD}; floor: traffic at a copy's {about['copy_gb_s'] / 1e3:.2f} TB/s")
+        click.echo(f"{about.get('method', METHOD)}; floor: traffic at a copy's {about['copy_gb_s'] / 1e3:.2f} TB/s")
     if wrong := [row.wrong for row in rows if row.wrong]:
         raise WrongResultError(f"{len(wrong)} wrong results, not timed: {wrong[0]}")
 

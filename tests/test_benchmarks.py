@@ -7,15 +7,17 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import flat_quantize, gemm
+from benchmarks import chain, flat_quantize, gemm
 from benchmarks.results import Row, WrongResultError, document, label, report, show
 from benchmarks.timing import Timer
+from fqonnx import kernels
 from fqonnx.ops.layout import LAYOUTS, pack_int4, to_layout
 
 ROOT = Path(__file__).parents[1]
@@ -125,6 +127,51 @@ def test_wrong_results_are_told_after_all_others(capsys: pytest.CaptureFixture[s
         assert capsys.readouterr().out
 
 
+def test_a_chain_runs_what_a_decoder_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, with stand-ins that note what they are given: operands fit, and all may begin early, or none."""
+    calls: list[tuple[str, tuple[int, ...], bool]] = []
+
+    def quantized(name: str, x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, early: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        assert x.shape[1] == len(left) * len(right)
+        calls.append((name, tuple(x.shape), early))
+        return x.to(torch.int8), torch.ones(len(x), 1)
+
+    def norm(x: torch.Tensor, gamma: torch.Tensor, left: torch.Tensor, right: torch.Tensor, **options: Any) -> kernels.NormedQuantized:
+        assert gamma.shape == x.shape[1:]
+        codes = quantized("norm", x, left, right, early=options["constant_factors"])
+        return kernels.NormedQuantized(*codes, sum=x + options["residual"], normed=None)
+
+    def product(q: torch.Tensor, scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, **options: Any) -> torch.Tensor:
+        assert (w.shape[1] * 2, len(w)) == (q.shape[1], len(w_scale))
+        assert len(scale) == len(q)
+        calls.append(("product", (len(w), q.shape[1]), options["constant_weights"]))
+        return torch.ones(len(q), len(w), dtype=torch.float16)
+
+    monkeypatch.setattr(chain, "rms_norm_flat_quantize", norm)
+    monkeypatch.setattr(chain, "flat_quantize", lambda x, a, b, constant_factors: quantized("plain", x, a, b, early=constant_factors))
+    monkeypatch.setattr(
+        chain, "silu_mul_flat_quantize", lambda x, up, a, b, constant_factors: quantized("gate", x * up, a, b, early=constant_factors)
+    )
+    monkeypatch.setattr(chain, "w4a4_gemm", product)
+    shape = chain.Shape(hidden=256, intermediate=384, layers=2)
+    layers = chain.Chain(3, shape, device="cpu")
+    for early in (False, True):
+        calls.clear()
+        assert layers.run(early=early).shape == (3, 256)
+        assert [(name, sizes) for name, sizes, _ in calls] == 2 * [
+            ("norm", (3, 256)),
+            ("product", (768, 256)),
+            ("plain", (3, 256)),
+            ("product", (256, 256)),
+            ("norm", (3, 256)),
+            ("product", (768, 256)),
+            ("gate", (3, 384)),
+            ("product", (256, 384)),
+        ]
+        assert {flag for *_, flag in calls} == {early}
+    assert shape.bytes == sum(w.nbytes for layer in layers.layers for w in layer.values())
+
+
 def test_wrong_results_are_no_times() -> None:
     expected = torch.tensor([[1.0, 2.0]], dtype=torch.float16)
     gemm.require_close(expected.clone(), expected, "kernel", exact=True)
@@ -150,7 +197,7 @@ def test_wrong_codes_are_no_times() -> None:
         flat_quantize.require_close(codes, scale * 1.01, t, scale, "kernel")
 
 
-@pytest.mark.parametrize("module", ["benchmarks.gemm", "benchmarks.flat_quantize"])
+@pytest.mark.parametrize("module", ["benchmarks.gemm", "benchmarks.flat_quantize", "benchmarks.chain"])
 def test_without_a_gpu_one_line_says_so(module: str) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
