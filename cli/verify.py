@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 )
 @options.device_option
 @click.option("--max-error", type=click.FloatRange(min=0), help="Largest relative L2 error of an output; above it the exit code is 1.")
+@click.option(
+    "--max-perplexity-increase",
+    type=click.FloatRange(min=0),
+    help="Largest rise of a language model's perplexity; above it the exit code is 1.",
+)
 @options.json_option
 @options.verbosity_options
 @click.pass_obj
@@ -51,6 +56,7 @@ def verify(
     save: Path | None,
     device: str,
     max_error: float | None,
+    max_perplexity_increase: float | None,
     as_json: bool,
     quiet: bool,
 ) -> int:
@@ -80,6 +86,7 @@ def verify(
         source,
         layers=layers,
         max_error=max_error,
+        max_perplexity_increase=max_perplexity_increase,
         device=device,
         engine=engine,
         save=save,

@@ -36,7 +36,7 @@ from fqonnx.recipe import Recipe
 from fqonnx.report import DataReport, GroupReport, LeftReport, Report, load_report, save_report
 from fqonnx.report.html import save_html
 from fqonnx.report.schema import encode
-from fqonnx.sizes import constant_bytes, constants, measure_size
+from fqonnx.sizes import constant_bytes, constants
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -210,8 +210,8 @@ def build(
             )
         entries = [_describe(group, solution(group.name), recipe, bindings[group.name]) for group in groups]
         with clock("verify"):
-            report = _verify(float_model.path, workspace.files, built, data, max_error, device, progress)
-            report = _bounded(report, max_perplexity_increase)
+            bounds = max_error, max_perplexity_increase
+            report = _verify(float_model.path, workspace.files, built, data, bounds, device, progress)
         report = replace(
             report,
             candidate=workspace.out.name,
@@ -651,28 +651,29 @@ def _encode_left(left: LeftReport) -> dict[str, str]:
     return {"name": left.name, "op_type": left.op_type, "reason": left.reason}
 
 
-def _bounded(report: Report, max_perplexity_increase: float | None) -> Report:
-    from fqonnx.verify.language import perplexity_failures
-
-    failures = (*report.failures, *perplexity_failures(report.language, max_perplexity_increase))
-    return replace(report, failures=failures, passed=not failures)
-
-
 def _verify(
-    reference: Path, files: Path, built: EngineReport | None, data: Data, max_error: float | None, device: str, progress: Progress
+    reference: Path,
+    files: Path,
+    built: EngineReport | None,
+    data: Data,
+    bounds: tuple[float | None, float | None],
+    device: str,
+    progress: Progress,
 ) -> Report:
-    """Compare what was written with the float model: the engine where one was built that runs here, else the model in ONNX Runtime."""
+    """Compare what was written with the float model: the engine where one was built that runs here, else the model in ONNX Runtime.
+
+    ``bounds`` are those of the outputs' error and of the rise of the perplexity.
+    """
     from fqonnx.engines.tensorrt_run import runs_here
     from fqonnx.verify import verify
 
-    candidate = files / artifact.MODEL
-    cached = (files / cache_plan.FILE).is_file()
     in_engine = built is not None and runs_here(built)
     report = verify(
         reference,
-        cache_plan.comparable(candidate) if cached else candidate,
+        files / artifact.MODEL,
         data.held_out,
-        max_error=max_error,
+        max_error=bounds[0],
+        max_perplexity_increase=bounds[1],
         tokens=False if data.random else None,
         device=device,
         engine=(files / artifact.ENGINE, built) if built is not None and in_engine else False,
@@ -684,6 +685,4 @@ def _verify(
         notes.append(
             "the outputs are the engine's" if in_engine else "the engine was not run here: the outputs are ONNX Runtime's of the same model"
         )
-    if cached:  # what stands around a quantized cache to compare it is no part of the model
-        report = replace(report, size=measure_size(model_file.load(reference), model_file.load(candidate)))
     return replace(report, notes=tuple(notes))

@@ -16,6 +16,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from fqonnx import model as model_file
+from fqonnx.bench import bench
 from fqonnx.build import build
 from fqonnx.cache_plan import FILE, CachePlan, comparable
 from fqonnx.calib import kv
@@ -28,6 +29,7 @@ from fqonnx.passes.kv_cache_formats import FORMATS, Emitter, dequantize, quantiz
 from fqonnx.passes.pipeline import check
 from fqonnx.passes.prepare import prepare
 from fqonnx.recipe import KV_CACHES, Recipe
+from fqonnx.verify import verify
 from tests.rewriting import Builder
 from tests.runtime import run
 
@@ -575,6 +577,14 @@ def test_a_build_with_a_quantized_cache(decoder_file: Path, tmp_path: Path) -> N
 
     model = comparable(out)
     assert distance(run(model, feeds(6)), run(load(decoder_file), feeds(6))) < 0.3
+    again = verify(decoder_file, out, samples, max_error=0.3)
+    assert again.passed, again.failures
+    assert set(again.outputs) == set(report.outputs)
+    assert again.size == report.size
+    with pytest.raises(UsageError, match=r"has a quantized cache, .* leave --save out"):
+        verify(decoder_file, out, samples, save=tmp_path / "saved")
+    with pytest.raises(ModelError, match="compare a model with its own quantized form"):
+        bench(out, decoder_file)  # speed is that of the interface as it is
     (out / FILE).unlink()
     with pytest.raises(ModelError, match="give the whole build directory"):
         comparable(out)

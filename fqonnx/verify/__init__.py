@@ -14,13 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fqonnx.errors import DataError
+from fqonnx.errors import DataError, UsageError
 from fqonnx.progress import Silent
 from fqonnx.report.data import DataReport, GroupReport, Report
 from fqonnx.report.environment import environment
 from fqonnx.sizes import measure_size
 from fqonnx.verify.comparison import Comparison, arrays_of, failures_of, iterate, length_of
-from fqonnx.verify.language import Language
+from fqonnx.verify.language import Language, perplexity_failures
 from fqonnx.verify.layers import compare_layers, find_layers
 from fqonnx.verify.runners import Feeds, Model, Side, StreamedRunner, require_same_interface
 from fqonnx.verify.saved import Saved, command_lines
@@ -40,6 +40,7 @@ def verify(
     layers: bool | Mapping[str, Sequence[str]] = False,
     groups: Sequence[GroupReport] = (),
     max_error: float | None = None,
+    max_perplexity_increase: float | None = None,
     tokens: bool | None = None,
     device: str = "cpu",
     engine: bool | tuple[Path, EngineReport] = False,
@@ -57,6 +58,7 @@ def verify(
             in both models; True finds the groups in the reference.
         groups: What is known of the groups already; the figures of ``layers`` are added to it. A build directory brings its own.
         max_error: Bound on the relative L2 of the worst float output; of a model without one, on the share of elements that differ.
+        max_perplexity_increase: Bound on the rise of a language model's perplexity.
         tokens: Whether the integer inputs are text, so that predicting the next token means something; None finds out by the graph and
             by whether the logits of earlier tokens ignore the last one. Random data should say False.
         device: ``cpu`` or ``cuda``.
@@ -67,18 +69,21 @@ def verify(
         progress: Told of every sample.
 
     Returns:
-        The report. It has ``passed`` where every output is finite wherever the reference is, and within ``max_error``.
+        The report. It has ``passed`` where every output is finite wherever the reference is, and within the bounds.
 
     Raises:
         ModelError: The models' inputs or outputs differ in name or shape, or no layer is common to both.
         DataError: No samples, or a sample without an input.
         EngineError: ONNX Runtime cannot load or run a model, CUDA is not usable, or the engine is another machine's.
-        UsageError: ``engine`` where there is none.
+        UsageError: ``engine`` where there is none, or ``save`` of a build with a quantized cache.
         ArtifactError: ``save`` cannot be written.
     """
     started = time.perf_counter()
     progress = progress or Silent()
-    a, b = Side.open(reference), Side.open(candidate)
+    a, opened = Side.open(reference), Side.open(candidate)
+    b = opened.with_float_cache()
+    if save is not None and b is not opened:
+        raise UsageError(f"{b.name} has a quantized cache, and Polygraphy compares models of one interface: leave --save out")
     if isinstance(engine, tuple):
         b, engine = replace(b, engine=engine), True
     require_same_interface(a, b)
@@ -119,7 +124,8 @@ def verify(
 
     outputs = comparison.reports()
     notes += [f"output {name!r} holds text and is not compared" for name in sorted(comparison.skipped)]
-    failures = tuple(failures_of(outputs, max_error))
+    predictions = language.report() if language is not None else None
+    failures = (*failures_of(outputs, max_error), *perplexity_failures(predictions, max_perplexity_increase))
     seconds["total"] = time.perf_counter() - started
     data = data or DataReport(source="", samples=0)
     data = replace(data, samples=data.samples or comparison.samples)
@@ -130,10 +136,10 @@ def verify(
         failures=failures,
         max_error=max_error,
         outputs=outputs,
-        language=language.report() if language is not None else None,
+        language=predictions,
         groups=tuple(reports),
         left_in_float=known.left_in_float if known else (),
-        size=measure_size(a.model, b.model),
+        size=measure_size(a.model, opened.model),  # what stands around a quantized cache is no part of the model
         engine=known.engine if known is not None and engine else None,
         time=seconds,
         data=data,

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,10 +17,12 @@ from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
 from polygraphy.datatype import DataType
 
+from fqonnx import cache_plan
 from fqonnx import model as model_file
 from fqonnx.calib.stream import StreamedModel
 from fqonnx.engines.onnxruntime import session
 from fqonnx.errors import ModelError, UsageError
+from fqonnx.passes import kv_cache
 from fqonnx.report.data import Report, load_report
 from fqonnx.sizes import constants
 from fqonnx.verify import limits
@@ -116,6 +118,16 @@ class Side:
             engine = engine_of(artifact) if artifact.engine is not None and "plan" in artifact.manifest else None
             return cls(path.name, artifact.model, model_file.load(artifact.model), report, artifact.recipe, engine)
         return cls(path.name, path, model_file.load(path))
+
+    def with_float_cache(self) -> Side:
+        """The same with the float model's interface around a quantized cache; itself where there is none.
+
+        Raises:
+            ModelError: The cache's transforms are not beside the model.
+        """
+        if self.path is None or kv_cache.METADATA not in self.model.metadata_props:
+            return self
+        return replace(self, path=None, model=cache_plan.comparable(self.path))
 
     @property
     def inputs(self) -> tuple[model_file.ModelInput, ...]:
