@@ -117,7 +117,7 @@ def show_bench(result: Bench, *, as_json: bool, quiet: bool) -> None:
     elif not quiet:
         from rich.console import Console
 
-        from fqonnx.bench import print_bench
+        from fqonnx.bench_tables import print_bench
 
         print_bench(result, Console())
 

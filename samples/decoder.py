@@ -29,7 +29,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fqonnx.bench import BASELINE, CANDIDATE, ShapeResult, bench, print_bench
+from fqonnx.bench import BASELINE, CANDIDATE, ShapeResult, bench
+from fqonnx.bench_tables import print_bench
 from fqonnx.errors import EngineError
 
 sys.path.insert(0, str(Path(__file__).parent))  # `graphs` and `exporting` lie beside this file, wherever it is imported from

@@ -21,7 +21,8 @@ from onnx import TensorProto, helper
 from rich.console import Console
 
 from fqonnx import bench as bench_module
-from fqonnx.bench import BASELINE, CANDIDATE, Bench, Latency, bench, print_bench, resolve_shapes
+from fqonnx.bench import BASELINE, CANDIDATE, Bench, Latency, bench, resolve_shapes
+from fqonnx.bench_tables import print_bench
 from fqonnx.build import build
 from fqonnx.cli.bench import bench as bench_command
 from fqonnx.cli.terminal import quiet_libraries
