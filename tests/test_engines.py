@@ -7,37 +7,17 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from fqonnx.engines import ENGINES, EngineOptions, Profile, engine, profiles_from_shapes
 from fqonnx.engines import onnxruntime as ort_engine
 from fqonnx.errors import EngineError, FqonnxError, UsageError
-
-W = np.random.default_rng(0).normal(size=(32, 48)).astype(np.float32)
-
-
-def save(path, nodes, inputs, outputs, constants=(), domains=()):
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info(*i) for i in inputs],
-        [helper.make_tensor_value_info(*o) for o in outputs],
-        [numpy_helper.from_array(value, name) for name, value in dict(constants).items()],
-    )
-    opsets = [helper.make_opsetid("", 21), *(helper.make_opsetid(domain, 1) for domain in domains)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
-    return path
+from tests.engine_models import W, save, write_linear
 
 
 @pytest.fixture
 def linear(tmp_path):
-    return save(
-        tmp_path / "model.onnx",
-        [helper.make_node("MatMul", ["x", "w"], ["y"], name="fc")],
-        [("x", TensorProto.FLOAT, ["b", "s", 32])],
-        [("y", TensorProto.FLOAT, ["b", "s", 48])],
-        {"w": W},
-    )
+    return write_linear(tmp_path / "model.onnx")
 
 
 def one_line(caught):
