@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import click
 
 from fqonnx.cli import options, terminal
-from fqonnx.errors import UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,22 +52,17 @@ def bisect(
     OUT is a build directory and REFERENCE the float model that it was built from. Groups of OUT are put back to float until the error is
     below the threshold.
     """
-    if (data is None) == (not random_data):
-        raise UsageError("give exactly one of --data DATA (what the model sees in use) and --random-data")
-
-    from fqonnx.build import open_data
     from fqonnx.debug import bisect as find
-    from fqonnx.model import load
 
-    source = open_data(
-        load(reference),
+    source = options.open_inputs(
+        reference,
         data,
+        random_data=random_data,
         samples=samples,
         batch_size=batch_size,
         tokenizer=tokenizer,
         seq_len=seq_len,
         seed=seed,
-        random=random_data,
     )
     found = find(reference, out, source, threshold=threshold, every=every, progress=terminal.progress(quiet))
     terminal.show_bisection(found, as_json=as_json, quiet=quiet)

@@ -20,6 +20,7 @@ from fqonnx.errors import UsageError
 from fqonnx.recipe import ALLOCATIONS, GROUP_SIZES, KV_CACHES, RECONSTRUCTIONS, SCHEMES, Recipe
 
 if TYPE_CHECKING:
+    from fqonnx.calib.data.base import Source
     from fqonnx.sensitivity import Mix
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -189,6 +190,20 @@ def check_calibration(data: str | None, *, random_calibration: bool) -> None:
         raise UsageError("no calibration data: give --calib-data DATA (what the model sees in use), or say --random-calibration")
     if data is not None and random_calibration:
         raise UsageError("--calib-data and --random-calibration exclude each other: give one of them")
+
+
+def open_inputs(reference: Path, data: str | None, *, random_data: bool, **choices: Any) -> Source:
+    """What ``--data`` or ``--random-data`` gives a comparison with the model ``reference``; ``choices`` are those of ``open_data``.
+
+    Raises:
+        UsageError: Neither of the two is given, or both are.
+    """
+    if (data is None) == (not random_data):
+        raise UsageError("give exactly one of --data DATA (what the model sees in use) and --random-data")
+    from fqonnx.build import open_data
+    from fqonnx.model import load
+
+    return open_data(load(reference), data, random=random_data, **choices)
 
 
 def read_mix(mix: tuple[str, ...] | None, avg_bits: float | None, method: str, known: Path | None, samples: int) -> Mix | None:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import click
 
 from fqonnx.cli import options, terminal
-from fqonnx.errors import UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,24 +60,19 @@ def verify(
     quiet: bool,
 ) -> int:
     """Compare CANDIDATE (a model or a build directory) with the float model REFERENCE on the same inputs."""
-    if (data is None) == (not random_data):
-        raise UsageError("give exactly one of --data DATA (what the model sees in use) and --random-data")
-
     from dataclasses import replace
 
-    from fqonnx.build import open_data
-    from fqonnx.model import load
     from fqonnx.verify import verify as verify_models
 
-    source = open_data(
-        load(reference),
+    source = options.open_inputs(
+        reference,
         data,
+        random_data=random_data,
         samples=samples,
         batch_size=batch_size,
         tokenizer=tokenizer,
         seq_len=seq_len,
         seed=seed,
-        random=random_data,
     )
     report = verify_models(
         reference,
