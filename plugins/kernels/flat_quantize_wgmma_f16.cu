@@ -229,8 +229,8 @@ __device__ __forceinline__ void store_factors(uint8_t* to_left, uint8_t* to_righ
   constexpr int kRightTasks = (kEights * kEights + S::kThreads - 1) / S::kThreads;
   // Tasks of a thread whose values are in registers at once: all of them, so that there is one latency to wait for; but where one team has a
   // multiprocessor's share of registers, one.
-  constexpr int kLeftAtOnce = S::kTeams > 1 ? kLeftTasks : 1;
-  constexpr int kRightAtOnce = S::kTeams > 1 && sizeof(Factor) == 2 ? kRightTasks : 1;
+  constexpr int kLeftAtOnce = S::kRehearses ? 1 : kLeftTasks;
+  constexpr int kRightAtOnce = !S::kRehearses && sizeof(Factor) == 2 ? kRightTasks : 1;
   constexpr int kLeftRounds = kLeftTasks / kLeftAtOnce, kRightRounds = kRightTasks / kRightAtOnce;
   const Factor* const left = static_cast<const Factor*>(problem.left);
   const Factor* const right = static_cast<const Factor*>(problem.right);
