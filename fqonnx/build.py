@@ -150,7 +150,7 @@ def build(
             _require_kernels(float_model.found.groups, recipe, kernels)
             if device == "cuda" and any(recipe.scheme_of(group.name).quantizes_activations for group in float_model.found.groups):
                 onnxruntime.require_kernels()
-            source = open_data(
+            data = Data.read(
                 float_model.model,
                 calib_data,
                 samples=calib_samples,
@@ -160,7 +160,6 @@ def build(
                 seed=recipe.seed,
                 random=random_calibration,
             )
-            data = Data.split(source, calib_data, model_file.inputs(float_model.model))
         workspace.settings(
             {
                 "fqonnx": version("fqonnx"),
@@ -432,6 +431,15 @@ class Data:
     notes: tuple[str, ...]
     rows: int
     """Rows that a linear sees of all samples, at most: one for each token, or each vector of an input."""
+
+    @classmethod
+    def read(cls, model: ir.Model, spec: str | None, **choices: Any) -> Data:
+        """``split`` of what ``open_data`` opens for the model; ``choices`` are its other arguments.
+
+        Raises:
+            DataError: The data cannot be read, do not fit the model, or there is nothing in them.
+        """
+        return cls.split(open_data(model, spec, **choices), spec, model_file.inputs(model))
 
     @classmethod
     def split(cls, source: Source, spec: str | None, inputs: Sequence[model_file.ModelInput]) -> Data:

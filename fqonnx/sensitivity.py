@@ -150,7 +150,7 @@ def sensitivity(
         CalibrationError: A group's statistics or solution are unusable.
         ArtifactError: ``out`` cannot be written, exists, or another process is writing it.
     """
-    from fqonnx.build import Clock, Data, FloatModel, observe_groups, open_data, require_device
+    from fqonnx.build import Clock, Data, FloatModel, observe_groups, require_device
     from fqonnx.report.mixed_html import save_page
 
     recipe, progress = replace(recipe or Recipe(), schemes=(), kv="none", reconstruct="group"), progress or Silent()
@@ -162,7 +162,7 @@ def sensitivity(
         with artifact.Workspace(place, force=force, resume=resume) as workspace:
             with clock("read"):
                 float_model = FloatModel.read(Path(model), recipe)
-                source = open_data(
+                data = Data.read(
                     float_model.model,
                     calib_data,
                     samples=calib_samples,
@@ -172,7 +172,6 @@ def sensitivity(
                     seed=recipe.seed,
                     random=random_calibration,
                 )
-                data = Data.split(source, calib_data, model_file.inputs(float_model.model))
             settings = {f"--{name.replace('_', '-')}": value for name, value in recipe.to_dict().items() if name != "scheme"}
             fingerprints = {"model": float_model.fingerprint, "data": data.calibration.fingerprint, "device": device}
             workspace.settings({"fqonnx": version("fqonnx"), **fingerprints, **settings})
