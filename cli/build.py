@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     help="Compute capability to lower for, such as sm90; of a TensorRT-RTX engine several, such as sm86,sm120.  [default: runs everywhere]",
 )
 @options.device_option
+@click.option(
+    "--verify-device",
+    type=click.Choice(["cpu", "cuda"]),
+    help="Where the result is verified; cpu beside --device cuda needs no onnxruntime-gpu.  [default: that of --device]",
+)
 @options.shape_options
 @options.engine_options
 @click.option(

@@ -73,6 +73,7 @@ def build(
     engine: str = "onnxruntime",
     target: str | None = None,
     device: str = "cpu",
+    verify_device: str | None = None,
     profiles: Sequence[Profiles] = (),
     engine_options: EngineOptions | None = None,
     max_error: float | None = None,
@@ -102,6 +103,8 @@ def build(
         target: Architecture to lower for, such as ``sm90``, and to build the engine for, which may take several; None makes a model that
             runs everywhere.
         device: ``cpu`` or ``cuda``: where transforms are trained and models run.
+        verify_device: Where the result is verified; None is ``device``. ``cpu`` beside ``device="cuda"`` needs neither onnxruntime-gpu nor
+            the kernels' library.
         profiles: Optimization profiles of an engine: shapes of dynamic inputs. Inputs that one lacks, and all where there is none, take
             those of the data.
         engine_options: How the engine is built.
@@ -139,6 +142,8 @@ def build(
         raise UsageError(f"--kv {recipe.kv} is for --engine onnxruntime, not {engine}: leave out --kv, or build for ONNX Runtime")
     builder = engine_named(engine)
     require_device(device)
+    verify_device = verify_device or device
+    require_device(verify_device)
     # What is missing is told before the long work: kernels for the target, the engine, the kernels' library for verification.
     builder.require(target, engine_options)
     lowering = builder.lowering(target)
@@ -148,7 +153,7 @@ def build(
         with clock("read"):
             float_model = FloatModel.read(Path(model), recipe)
             _require_kernels(float_model.found.groups, recipe, kernels)
-            if device == "cuda" and any(recipe.scheme_of(group.name).quantizes_activations for group in float_model.found.groups):
+            if verify_device == "cuda" and any(recipe.scheme_of(group.name).quantizes_activations for group in float_model.found.groups):
                 onnxruntime.require_kernels()
             data = Data.read(
                 float_model.model,
@@ -210,7 +215,7 @@ def build(
         entries = [_describe(group, solution(group.name), recipe, bindings[group.name]) for group in groups]
         with clock("verify"):
             bounds = max_error, max_perplexity_increase
-            report = _verify(float_model.path, workspace.files, built, data, bounds, device, progress)
+            report = _verify(float_model.path, workspace.files, built, data, bounds, verify_device, progress)
         report = replace(
             report,
             candidate=workspace.out.name,

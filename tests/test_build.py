@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from fqonnx import artifact
 from fqonnx.build import build
+from fqonnx.errors import EngineError
 from fqonnx.recipe import Recipe
 from tests.cli_support import write_data, write_mlp
 
@@ -129,3 +131,23 @@ def test_an_op_that_only_onnx_runtime_has_in_the_default_domain(tmp_path: Path) 
         onnx.checker.check_model(proto)
     report = build(tmp_path / "normed.onnx", tmp_path / "out", recipe=Recipe(transform="none", weights="rtn"), calib_data=str(data))
     assert report.outputs["y"].rel_l2 < 0.5
+
+
+def test_a_device_to_verify_on_that_is_not_there_is_told_first(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(EngineError, match="finds no CUDA device here: use --device cpu"):
+        build(write_mlp(tmp_path / "mlp.onnx"), tmp_path / "out", calib_data=str(write_data(tmp_path / "x.npz")), verify_device="cuda")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_what_is_solved_on_a_gpu_may_be_verified_without_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unneeded() -> None:
+        raise AssertionError("kernels are asked for")
+
+    monkeypatch.setattr("fqonnx.engines.onnxruntime.require_kernels", unneeded)
+    data = str(write_data(tmp_path / "x.npz"))
+    report = build(write_mlp(tmp_path / "mlp.onnx"), tmp_path / "out", calib_data=data, device="cuda", verify_device="cpu")
+    assert report.passed
