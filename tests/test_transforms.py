@@ -100,7 +100,7 @@ def test_flatquant_is_the_same_for_the_same_seed_only() -> None:
     assert not torch.equal(first.left, other.left)
 
 
-@pytest.mark.parametrize("name", ["smooth", "flatquant"])
+@pytest.mark.parametrize("name", [name for name in TRANSFORMS if transform_named(name).needs_tokens])
 def test_learned_transforms_ask_for_statistics(name: str) -> None:
     p = problem()
     with pytest.raises(CalibrationError, match="needs calibration statistics"):
@@ -129,6 +129,15 @@ def test_smooth_scale_by_hand() -> None:
     # sqrt(4/1), sqrt(1/4), dead -> 1; their geometric mean over living channels is 1 already.
     np.testing.assert_allclose(channel_scale(absmax, weight, 0.5).numpy(), [2.0, 0.5, 1.0], rtol=1e-6)
     np.testing.assert_allclose(channel_scale(torch.zeros(3), weight, 0.5).numpy(), [1.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("scheme", ["w4a4", "w8a8", "w4a16"])
+def test_smooth_takes_the_share_of_the_smallest_output_error(scheme: str) -> None:
+    p = problem(scheme=scheme)
+    assert p.absmax is not None
+    fixed = [output_error(p, FittedTransform(channel_scale=channel_scale(p.absmax, p.weight, i / 10))) for i in range(11)]
+    assert output_error(p, transform_named("smooth").fit(p)) == pytest.approx(min(fixed), rel=1e-5)
+    assert min(fixed) < 0.9 * output_error(p, FittedTransform())
 
 
 def test_invertible_factor_stays_invertible_wherever_training_takes_it() -> None:

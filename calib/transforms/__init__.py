@@ -7,7 +7,9 @@ from fqonnx.calib.transforms.base import FittedTransform, Problem, Transform
 TRANSFORMS: dict[str, str] = {
     "none": "fqonnx.calib.transforms.none:NoTransform",
     "smooth": "fqonnx.calib.transforms.smooth:Smooth",
+    "awq": "fqonnx.calib.transforms.awq:Awq",
     "hadamard": "fqonnx.calib.transforms.hadamard:Hadamard",
+    "dfrot": "fqonnx.calib.transforms.dfrot:DFRot",
     "flatquant": "fqonnx.calib.transforms.flatquant:FlatQuant",
 }
 """Name -> ``module:class``; resolved on first use, so that reading the choices does not import torch."""
