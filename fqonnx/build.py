@@ -199,7 +199,7 @@ def build(
         with clock("solve"):
             solution = _solve(float_model, recipe, data=data, stats=stats, workdir=workspace.work, device=device, progress=progress)
         with clock("rewrite"):
-            bindings = _write_model(float_model, solution, recipe, lowering, workspace.files / artifact.MODEL)
+            bindings, attention = _write_model(float_model, solution, recipe, lowering, engine, workspace.files / artifact.MODEL)
             write_record(workspace.files / artifact.CALIBRATION, [group.name for group in groups], solution, recipe)
             if float_model.cache is not None:
                 float_model.cache.solution.save(workspace.files / cache_plan.FILE)
@@ -249,6 +249,7 @@ def build(
                 **({} if allocation is None else {"allocation": encode(allocation)}),
                 **({} if float_model.cache is None else {"kv_cache": float_model.cache.to_dict()}),
                 "groups": [entry for _, entry in entries],
+                **({"attention": attention} if attention else {}),
                 "left_in_float": [_encode_left(left) for left in report.left_in_float],
                 "passed": report.passed,
             },
@@ -589,14 +590,19 @@ def _reconstruct(
 
 
 def _write_model(
-    float_model: FloatModel, solution: Callable[[str], GroupSolution], recipe: Recipe, target: str | None, path: Path
-) -> dict[str, dict[str, Any]]:
-    """Rewrite the float model, in place, and write it, weights streamed group by group; returns each group's kernel binding."""
+    float_model: FloatModel, solution: Callable[[str], GroupSolution], recipe: Recipe, target: str | None, engine: str, path: Path
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, str]]]:
+    """Rewrite the float model, in place, and write it, weights streamed group by group.
+
+    Returns:
+        Each group's kernel binding, and that of each node of attention that has a kernel.
+    """
     import onnx
 
+    from fqonnx.passes.attention import attention_kernels
     from fqonnx.passes.pipeline import quantize_model
 
-    model = quantize_model(float_model.model, float_model.found.groups, solution, recipe, target)
+    model = quantize_model(float_model.model, float_model.found.groups, solution, recipe, target, engine)
     if float_model.cache is not None:
         float_model.cache.apply(model)
     bindings = _bindings(model, {group.name: recipe.scheme_of(group.name) for group in float_model.found.groups})
@@ -605,7 +611,7 @@ def _write_model(
         _log.info("the written model is not checked by onnx.checker, which does not know %s", ", ".join(unknown))
     else:
         onnx.checker.check_model(str(path))
-    return bindings
+    return bindings, attention_kernels(model)
 
 
 def _unknown_to_onnx(model: ir.Model) -> list[str]:

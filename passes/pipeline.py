@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 from onnx_ir.passes.common import CheckerPass, RemoveUnusedNodesPass
 
+from fqonnx.passes.attention import LowerAttention
 from fqonnx.passes.fuse import Fuse, target_named
 from fqonnx.passes.fuse_activation import FuseActivation
 from fqonnx.passes.fuse_norm import FuseNorm
@@ -25,7 +26,11 @@ DEBUG_VARIABLE = "FQONNX_DEBUG"
 
 
 def rewrite_passes(
-    groups: Sequence[LinearGroup], solution: Callable[[str], GroupSolution], recipe: Recipe, target: str | None = None
+    groups: Sequence[LinearGroup],
+    solution: Callable[[str], GroupSolution],
+    recipe: Recipe,
+    target: str | None = None,
+    engine: str = "onnxruntime",
 ) -> tuple[ir.passes.PassBase, ...]:
     """The passes that ``quantize_model`` runs; see there."""
     return (
@@ -34,6 +39,7 @@ def rewrite_passes(
         Fuse(target_named(target)),
         FuseActivation(),
         FuseNorm(),
+        *([LowerAttention(target_named(target).capability)] if engine == "onnxruntime" else []),
         RemoveUnusedNodesPass(),
     )
 
@@ -44,13 +50,15 @@ def quantize_model(
     solution: Callable[[str], GroupSolution],
     recipe: Recipe,
     target: str | None = None,
+    engine: str = "onnxruntime",
     *,
     validate: bool | None = None,
 ) -> ir.Model:
     """Rewrites a prepared float model in place.
 
     Schemes with 4-bit weights and quantized activations end in ``W4A4Gemm`` behind ``FlatQuantize`` or an op that ends in it, all others
-    in the Q/DQ form. Weights are lazy: they are read from ``solution`` when the model is written, so ``solution`` must outlive that.
+    in the Q/DQ form. ONNX Runtime's attention becomes the op of its kernel where the target has one. Weights are lazy: they are read from
+    ``solution`` when the model is written, so ``solution`` must outlive that.
 
     Args:
         model: From ``fqonnx.passes.prepare``.
@@ -58,6 +66,7 @@ def quantize_model(
         solution: Loads a group's solution by the group's name.
         recipe: Gives each group's bit widths.
         target: GPU whose kernels the operands are stored for, such as ``sm90``; None for none in particular.
+        engine: A key of ``fqonnx.engines.ENGINES``: attention has a kernel in ONNX Runtime alone.
         validate: Check the model after every pass; None does so where the environment sets ``FQONNX_DEBUG=1``.
 
     Returns:
@@ -71,7 +80,7 @@ def quantize_model(
         onnx_ir.passes.PostconditionError: With ``validate``, a pass left an invalid model.
     """
     validate = os.environ.get(DEBUG_VARIABLE) == "1" if validate is None else validate
-    for rewrite in rewrite_passes(groups, solution, recipe, target):
+    for rewrite in rewrite_passes(groups, solution, recipe, target, engine):
         rewrite(model)
         if validate:
             try:

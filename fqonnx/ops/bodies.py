@@ -3,6 +3,9 @@
 There is one body per op and model, without overloads, because TensorRT's parser looks functions up by name: whatever varies is an
 attribute that the body refers to, or an input that is always there. No body branches: a path that an attribute turns off works on
 slices without columns. ``fqonnx.ops.reference`` says the same in numpy.
+
+``GroupQueryAttention`` is for ONNX Runtime alone: its body is that runtime's own operator, which has no meaning elsewhere, and optional
+inputs are passed on as they are.
 """
 
 from __future__ import annotations
@@ -145,6 +148,9 @@ _ADD = """
 
 _ATTRIBUTES = 'bits: int = 4, packed: int = 0, plugin_namespace: string = "fqonnx", plugin_version: string = "1"'
 
+CONTRIB = "com.microsoft"
+"""The domain of ONNX Runtime's own operators."""
+
 _BODIES = {
     "FlatQuantize": f"""
 FlatQuantize <{_ATTRIBUTES}>
@@ -234,7 +240,20 @@ W4A4Gemm <packed: int = 0, layout: string = "plain", layout_shape: ints = [0, -1
     y = Cast <to: int = @dtype> (y_float)
 }}
 """,
+    "GroupQueryAttention": f"""
+GroupQueryAttention <num_heads, kv_num_heads, scale: float = 0.0, do_rotary: int = 0, rotary_interleaved: int = 0,
+                     plugin_namespace: string = "fqonnx", plugin_version: string = "1">
+(query, key, value, past_key, past_value, seqlens_k, total_sequence_length, cos_cache, sin_cache) => (output, present_key, present_value)
+{{
+    output, present_key, present_value = {CONTRIB}.GroupQueryAttention <num_heads: int = @num_heads, kv_num_heads: int = @kv_num_heads,
+        scale: float = @scale, do_rotary: int = @do_rotary, rotary_interleaved: int = @rotary_interleaved>
+        (query, key, value, past_key, past_value, seqlens_k, total_sequence_length, cos_cache, sin_cache)
+}}
+""",
 }
+
+_IMPORTS = {"GroupQueryAttention": {CONTRIB: 1}}
+"""What a body imports besides the default domain."""
 
 
 def function_for(op: str, opset: int) -> ir.Function:
@@ -252,7 +271,9 @@ def function_for(op: str, opset: int) -> ir.Function:
     """
     if opset not in OPSETS:
         raise ModelError(f"opset {opset} has no fqonnx ops: export the model at opset {OPSETS[0]} to {OPSETS[-1]}")
-    text = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>{_BODIES[op]}'
+    imports = {"": opset, **_IMPORTS.get(op, {})}
+    imported = ", ".join(f'"{domain}" : {version}' for domain, version in imports.items())
+    text = f'<domain: "{DOMAIN}", opset_import: [{imported}]>{_BODIES[op]}'
     function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
     for node in function:
         node.name = f"{op}_{node.outputs[0].name}"
@@ -282,8 +303,10 @@ def add_functions(model: ir.Model) -> bool:
             raise ModelError(f"there is no op {DOMAIN}.{op}: this version has {', '.join(_BODIES)}")
         if (DOMAIN, op, "") not in model.functions:
             model.functions[(DOMAIN, op, "")] = function_for(op, model.opset_imports.get("", 0))
-            # The checker asks for the import in the model, also where only a function calls the op.
+            # The checker asks for the imports in the model, also where only a function calls the op.
             model.opset_imports[DOMAIN] = VERSION
+            for domain, version in _IMPORTS.get(op, {}).items():
+                model.opset_imports.setdefault(domain, version)
             modified = True
     return modified
 

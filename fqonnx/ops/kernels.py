@@ -27,13 +27,13 @@ class Kernel:
     """One entry.
 
     Attributes:
-        op: ``FlatQuantize`` or ``W4A4Gemm``.
+        op: ``FlatQuantize``, ``W4A4Gemm`` or ``GroupQueryAttention``.
         name: Such as ``wgmma_s8``.
         container: ``int8`` or ``packed``; None where it takes both.
         layout: A key of ``fqonnx.ops.layout.LAYOUTS``; None where it takes any, or reads no weight.
         chosen: Lowest and highest compute capability it is chosen for, such as ``(90, 90)``.
         runs: Lowest and highest compute capability where it runs when it is asked for by name.
-        k_multiple: K is a multiple of this.
+        k_multiple: K (of ``GroupQueryAttention`` the size of a head) is a multiple of this.
         n_multiple: N is a multiple of this; 0 where there is no N.
         group_sizes: Columns per weight scale: 0 is whole channels, -1 any multiple of ``ANY_GROUP``; empty where there is no weight.
         instruction: Of its inner loop.
@@ -104,11 +104,11 @@ def kernel_for(
     What is None is open: without ``container`` and ``layout`` the answer says how operands are best stored.
 
     Args:
-        op: ``FlatQuantize`` or ``W4A4Gemm``.
+        op: ``FlatQuantize``, ``W4A4Gemm`` or ``GroupQueryAttention``.
         capability: Compute capability without the dot, such as 90.
         container: How activation codes are stored, ``int8`` or ``packed``.
         layout: Order of the weight's codes, a key of ``fqonnx.ops.layout.LAYOUTS``.
-        k: Columns of the activation.
+        k: Columns of the activation; of ``GroupQueryAttention`` the size of a head.
         n: Output channels.
         group_size: Columns per weight scale; 0 is one scale per channel.
 

@@ -200,6 +200,80 @@ def w4a4_gemm_node(
     return ir.node("W4A4Gemm", [q, scale, w, w_scale, bias], attributes, domain=DOMAIN, outputs=[y], name=name)
 
 
+def group_query_attention_node(
+    query: ir.Value,
+    key: ir.Value | None,
+    value: ir.Value | None,
+    past_key: ir.Value,
+    past_value: ir.Value,
+    seqlens_k: ir.Value,
+    total_sequence_length: ir.Value,
+    cos_cache: ir.Value | None,
+    sin_cache: ir.Value | None,
+    *,
+    num_heads: int,
+    kv_num_heads: int,
+    head: int,
+    scale: float = 0.0,
+    name: str,
+) -> ir.Node:
+    """A ``GroupQueryAttention`` node: ``com.microsoft.GroupQueryAttention`` (opset 1) with nothing but these inputs, causal.
+
+    Args:
+        query: ``[batch, sequence, num_heads head]`` fp16, bf16 or fp32; without ``key`` and ``value`` it holds them behind the queries:
+            ``[batch, sequence, (num_heads + 2 kv_num_heads) head]``.
+        key: ``[batch, sequence, kv_num_heads head]`` of the same type; None where ``query`` holds them.
+        value: Likewise.
+        past_key: ``[batch, kv_num_heads, past, head]`` of the same type.
+        past_value: Likewise.
+        seqlens_k: int32 ``[batch]``: tokens of each sequence, the new ones included, minus one.
+        total_sequence_length: int32 scalar: the largest of them plus one.
+        cos_cache: ``[positions, head / 2]`` of the same type: rotary embedding of pairs ``i``, ``i + head / 2``; None for none.
+        sin_cache: Likewise; None where ``cos_cache`` is.
+        num_heads: Heads of queries, a multiple of ``kv_num_heads``.
+        kv_num_heads: Heads of keys and values.
+        head: Width of a head.
+        scale: Factor of the scores; 0 is ``1 / sqrt(head)``.
+        name: The node's name; its outputs are ``{name}.output``, ``{name}.present_key`` and ``{name}.present_value``.
+
+    Returns:
+        The node; ``output`` is ``[batch, sequence, num_heads head]``, the others ``[batch, kv_num_heads, past or more, head]``, all of the
+        query's type, shaped where the inputs are.
+
+    Raises:
+        ModelError: ``query`` is not of a float type, or another operand not of the same.
+        ValueError: One of ``key`` and ``value``, or of ``cos_cache`` and ``sin_cache``, without the other, or heads that do not divide.
+    """
+    dtype = query.dtype
+    _check_float(dtype, f"the input of {name}")
+    assert dtype is not None
+    if (key is None) != (value is None) or (cos_cache is None) != (sin_cache is None):
+        raise ValueError("key and value, and cos_cache and sin_cache, are given together or not at all")
+    if kv_num_heads < 1 or num_heads % kv_num_heads:
+        raise ValueError(f"{num_heads} heads are no multiple of {kv_num_heads}")
+    for operand in (key, value, past_key, past_value, cos_cache, sin_cache):
+        if operand is not None and operand.dtype != dtype:
+            raise ModelError(f"{name} reads {operand.dtype} beside {dtype}: export the model with keys and values of one type")
+    output, present_key, present_value = (
+        ir.Value(name=f"{name}.{part}", type=ir.TensorType(dtype)) for part in ("output", "present_key", "present_value")
+    )
+    lead, _ = _split_shape(query)
+    if lead is not None:
+        output.shape = ir.Shape([*lead, num_heads * head])
+        for present in (present_key, present_value):
+            present.shape = ir.Shape([lead[0], kv_num_heads, None, head])
+    attributes: dict[str, int | float | str] = {
+        "num_heads": num_heads,
+        "kv_num_heads": kv_num_heads,
+        "scale": float(scale),
+        "do_rotary": int(cos_cache is not None),
+        "rotary_interleaved": 0,
+        **_PLUGIN,
+    }
+    inputs = [query, key, value, past_key, past_value, seqlens_k, total_sequence_length, cos_cache, sin_cache]
+    return ir.node("GroupQueryAttention", inputs, attributes, domain=DOMAIN, outputs=[output, present_key, present_value], name=name)
+
+
 def dequantize_nodes(q: ir.Value, scale: ir.Value, *, dtype: ir.DataType, name: str) -> tuple[ir.Node, ...]:
     """The activation side of the Q/DQ form behind ``FlatQuantize``: ``cast(q) · scale`` in fp32, rounded once to ``dtype``.
 

@@ -192,6 +192,83 @@ def w4a4_gemm(
     return y
 
 
+def group_query_attention(
+    query: FloatArray,
+    key: FloatArray | None,
+    value: FloatArray | None,
+    past_key: FloatArray,
+    past_value: FloatArray,
+    seqlens_k: npt.NDArray[np.int32],
+    cos_cache: FloatArray | None = None,
+    sin_cache: FloatArray | None = None,
+    *,
+    num_heads: int,
+    kv_num_heads: int,
+    scale: float = 0.0,
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """``GroupQueryAttention``: causal attention over a cache, as ``com.microsoft.GroupQueryAttention`` (opset 1) has it, without padding.
+
+    The new tokens of sequence b are at positions ``seqlens_k[b] + 1 - sequence .. seqlens_k[b]``. With ``g = h // (num_heads //
+    kv_num_heads)``, in fp32, new keys rounded to their type before they are used:
+
+    - ``present[b, g, position] = rotary(key)``, or ``value``; earlier rows are those of ``past``;
+    - ``output[b, s, h] = softmax(scale · rotary(query) · present_keyᵀ) · present_value`` over the positions up to the token's own;
+    - ``rotary`` turns elements i and ``i + head / 2`` by the angle whose cosine and sine are in the position's row (arXiv 2104.09864).
+
+    Args:
+        query: ``[batch, sequence, num_heads head]``, or with keys and values behind the queries where ``key`` and ``value`` are None.
+        key: ``[batch, sequence, kv_num_heads head]`` or None.
+        value: Likewise.
+        past_key: ``[batch, kv_num_heads, past, head]``.
+        past_value: Likewise.
+        seqlens_k: int32 ``[batch]``: a sequence's tokens, the new ones included, minus one.
+        cos_cache: ``[positions, head / 2]``; None for no rotary embedding.
+        sin_cache: Likewise.
+        num_heads: Heads of queries, a multiple of ``kv_num_heads``.
+        kv_num_heads: Heads of keys and values.
+        scale: Of the scores; 0 is ``1 / sqrt(head)``.
+
+    Returns:
+        ``output [batch, sequence, num_heads head]`` and the present keys and values ``[batch, kv_num_heads, rows, head]``, where ``rows``
+        is the larger of ``past`` and the longest sequence; rows behind a sequence's tokens are zeros. All of the query's type.
+
+    Raises:
+        ValueError: Shapes that do not fit, or a sequence of fewer tokens than are new.
+    """
+    dtype, (batch, sequence, _), (_, _, rows, head) = query.dtype, query.shape, past_key.shape
+    widths = [num_heads * head, kv_num_heads * head, kv_num_heads * head]
+    parts = np.split(query, np.cumsum(widths)[:2], axis=-1) if key is None or value is None else [query, key, value]
+    first = seqlens_k.astype(np.int64) + 1 - sequence
+    if [part.shape[-1] for part in parts] != widths or num_heads % kv_num_heads or first.min(initial=0) < 0:
+        raise ValueError(f"query {query.shape}, past {past_key.shape} and lengths {seqlens_k} do not fit {num_heads}/{kv_num_heads} heads")
+    q, k, v = (part.astype(np.float32).reshape(batch, sequence, -1, head).swapaxes(1, 2) for part in parts)
+    rows = max(rows, int(seqlens_k.max(initial=-1)) + 1)
+    keys, values = (np.zeros((batch, kv_num_heads, rows, head), dtype) for _ in range(2))
+    output = np.empty((batch, sequence, num_heads, head), dtype)
+    group = num_heads // kv_num_heads
+    for b in range(batch):
+        before, end = int(first[b]), int(first[b]) + sequence
+        angles = None if cos_cache is None or sin_cache is None else (cos_cache[before:end], sin_cache[before:end])
+        for cache, past, new in ((keys, past_key, _rotated(k[b], angles)), (values, past_value, v[b])):
+            cache[b, :, :before] = past[b, :, :before]
+            cache[b, :, before:end] = new.astype(dtype)
+        seen_keys, seen_values = (cache[b, :, :end].astype(np.float32).repeat(group, axis=0) for cache in (keys, values))
+        scores = (_rotated(q[b], angles) @ seen_keys.swapaxes(1, 2)) * np.float32(scale or head**-0.5)
+        scores = np.where(np.arange(end) <= before + np.arange(sequence)[:, None], scores, np.float32(-np.inf))
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        output[b] = (weights / weights.sum(axis=-1, keepdims=True) @ seen_values).swapaxes(0, 1).astype(dtype)
+    return output.reshape(batch, sequence, -1), keys, values
+
+
+def _rotated(x: Array, angles: tuple[FloatArray, FloatArray] | None) -> Array:
+    """Vectors ``[heads, sequence, head]`` turned by cosines and sines ``[sequence, head / 2]``."""
+    if angles is None:
+        return x
+    cos, sin = (table.astype(np.float32) for table in angles)
+    low, high = np.split(x, 2, axis=-1)
+    return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+
+
 def pack_rows(q: Int8Array) -> Int8Array:
     """Codes ``[.., K]`` two a byte: int8 ``[.., K / 2]``, K even."""
     return pack_int4(q).view(np.int8).reshape(*q.shape[:-1], q.shape[-1] // 2)
