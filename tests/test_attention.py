@@ -22,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fqonnx.artifact import open_artifact
 from fqonnx.bench import CANDIDATE, bench
 from fqonnx.build import build
+from fqonnx.debug import bisect
 from fqonnx.engines.onnxruntime import run as run_session
 from fqonnx.engines.onnxruntime import session
 from fqonnx.errors import ModelError
@@ -549,10 +550,20 @@ def test_a_build_for_no_gpu_in_particular_lists_no_attention(stack: Path, tmp_pa
     assert attention_ops(tmp_path / "out" / "model.onnx") == {"com.microsoft": 2}
 
 
-def test_verify_goes_through_the_op(built: Path, stack: Path) -> None:
-    report = verify(stack, built, [stack_feeds(1, 5, rows=8), stack_feeds(1, 3, rows=8)], layers=True)
+@pytest.mark.parametrize("rows", [0, 8], ids=["buffers of their own", "in place"])
+def test_verify_goes_through_the_op(built: Path, stack: Path, rows: int) -> None:
+    report = verify(stack, built, [stack_feeds(1, 5, rows=rows), stack_feeds(6, 0, rows=rows)], layers=True)
     assert 0 < report.outputs["last_hidden_state"].rel_l2 < 0.2
-    assert {group.name for group in report.groups} == {entry["name"] for entry in open_artifact(built).manifest["groups"]}
+    layers = {group.name: group.layer for group in report.groups}
+    assert set(layers) == {entry["name"] for entry in open_artifact(built).manifest["groups"]}
+    assert all(layer is not None and 0 < layer.rel_l2 < 0.6 for layer in layers.values())
+
+
+def test_bisecting_goes_through_the_op(built: Path, stack: Path) -> None:
+    found = bisect(stack, built, [stack_feeds(1, 5), stack_feeds(6, 0)])
+    assert found.first in found.groups
+    whole = verify(stack, built, [stack_feeds(1, 5), stack_feeds(6, 0)])
+    assert found.whole == pytest.approx(max(t.rel_l2 for t in whole.outputs.values()), rel=0.05)
 
 
 def test_bench_finds_the_cache_of_a_build_alone(built: Path) -> None:

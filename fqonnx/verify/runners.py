@@ -22,6 +22,7 @@ from fqonnx import model as model_file
 from fqonnx.calib.stream import StreamedModel
 from fqonnx.engines.onnxruntime import session
 from fqonnx.errors import ModelError, UsageError
+from fqonnx.ops import CONTRIB, DOMAIN
 from fqonnx.passes import kv_cache
 from fqonnx.report.data import Report, load_report
 from fqonnx.sizes import constants
@@ -85,6 +86,18 @@ class StreamedRunner(BaseRunner):  # type: ignore[misc]  # published without typ
     def deactivate_impl(self) -> None:
         """Drop results that nobody asked for."""
         self._ready.clear()
+
+
+class _SomeOutputs(OnnxrtRunner):  # type: ignore[misc]  # published without types
+    """ONNX Runtime with some of a session's outputs."""
+
+    def __init__(self, opened: Any, name: str, outputs: Sequence[str]) -> None:
+        super().__init__(opened, name=name)
+        self._outputs = list(outputs)
+
+    def infer_impl(self, feed_dict: Feeds) -> dict[str, Array]:
+        results = super().infer_impl(feed_dict)
+        return {name: results[name] for name in self._outputs}
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,8 +201,10 @@ class Side:
             return StreamedRunner(name, StreamedModel(self.model, workdir, max_bytes=limits.SEGMENT_BYTES), self.inputs, outputs)
         if self.path is not None and list(outputs) == self.outputs:
             return OnnxrtRunner(session(self.path, device=device), name=name)
-        proto, folder = _with_outputs(self.model, outputs)
-        return OnnxrtRunner(session(proto, device=device, external_data=folder), name=name)
+        # ONNX Runtime (1.31) plans keys and values that nothing reads into one buffer, of the size before; outputs have their own.
+        caches = [value.name or "" for value in self.model.graph.outputs if _is_cache(value) and value.name not in outputs]
+        proto, folder = _with_outputs(self.model, [*outputs, *caches])
+        return _SomeOutputs(session(proto, device=device, external_data=folder), name, outputs)
 
 
 def require_same_interface(a: Side, b: Side) -> None:
@@ -224,6 +239,12 @@ def _outputs_set(model: ir.Model, outputs: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         model.graph.outputs[:] = kept
+
+
+def _is_cache(value: ir.Value) -> bool:
+    """Whether attention of ONNX Runtime's, or the op that it becomes, makes the value."""
+    node = value.producer()
+    return node is not None and node.domain in (CONTRIB, DOMAIN) and node.op_type == "GroupQueryAttention"
 
 
 def _runtime_bytes(model: ir.Model) -> int:
