@@ -10,17 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fqonnx.calib import moments
-from fqonnx.calib.transforms.base import FittedTransform, Problem
+from fqonnx.calib.clips import with_clip
+from fqonnx.calib.transforms.base import FittedTransform
 
 if TYPE_CHECKING:
     from fqonnx.calib.solution import Array, GroupSolution
-
-CLIPS = tuple(1.0 - 0.025 * i for i in range(17))
-"""Activation clips that are tried: 1.0 down to 0.6."""
-
-TOKENS = 1024
-"""Rows that they are tried on."""
+    from fqonnx.calib.transforms.base import Problem
 
 
 def adapt(base: GroupSolution, problem: Problem) -> FittedTransform:
@@ -33,10 +28,4 @@ def adapt(base: GroupSolution, problem: Problem) -> FittedTransform:
         return None if array is None else torch.from_numpy(array).to(problem.weight.device)
 
     fitted = FittedTransform(tensor(base.channel_scale), tensor(base.left), tensor(base.right))
-    bits = problem.scheme.activation_bits
-    if problem.tokens is None or bits >= 16:
-        return fitted
-    t, weight = moments.forward(fitted, problem.tokens[:TOKENS]), moments.fold(fitted, problem.weight)
-    errors = [float(((moments.quantize_input(t, bits, clip) - t) @ weight.mT).double().square().sum()) for clip in CLIPS]
-    clip = CLIPS[min(range(len(CLIPS)), key=errors.__getitem__)]
-    return FittedTransform(fitted.channel_scale, fitted.left, fitted.right, clip)
+    return with_clip(fitted, problem)

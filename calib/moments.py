@@ -44,6 +44,41 @@ def quantize_input(t: torch.Tensor, bits: int, clip: float) -> torch.Tensor:
     return codes(t, scale, bits) * scale
 
 
+def relative_error(error: torch.Tensor, target: torch.Tensor, out_features: tuple[int, ...] | None) -> float:
+    """Sum over the linears of a group of the squared error of their outputs over their squared outputs, in fp64.
+
+    Relative, or a loud q would silence its v; linears that put out nothing but zeros are left aside.
+
+    Args:
+        error: ``[T, N]``.
+        target: ``[T, N]``.
+        out_features: N of each linear; None is one linear.
+    """
+    sizes = list(out_features or (target.shape[1],))
+    parts = zip(torch.split(error.double(), sizes, 1), torch.split(target.double(), sizes, 1), strict=True)
+    powers = [(float(e.square().sum()), float(y.square().sum())) for e, y in parts]
+    return sum(e / y for e, y in powers if y > 0)
+
+
+def mean_error(fitted: FittedTransform, folded: torch.Tensor, rounded: torch.Tensor, tokens: torch.Tensor, bits: int) -> torch.Tensor:
+    """``E[W x] - E[Ŵ x̂]``, what the bias of a quantized linear lacks: fp32 ``[N]`` (Nagel et al., arXiv 1906.04721, section 4.2).
+
+    The paper derives the mean input from the norm before; here it is that of ``tokens``, the paper's empirical form (appendix D), which
+    holds for any input and takes the rounding of the input along. Means are fp64: they are small differences of large sums.
+
+    Args:
+        fitted: The transform.
+        folded: The float weight in the transformed space, ``[N, K]``.
+        rounded: What stands for it, ``[N, K]``.
+        tokens: ``[T, K]`` input rows.
+        bits: Activation bits; 16 leaves the error of the weights.
+    """
+    t = forward(fitted, tokens)
+    means = (rows.double().mean(0) for rows in (t, quantize_input(t, bits, fitted.clip)))
+    exact, quantized = (weight.double() @ mean for weight, mean in zip((folded, rounded), means, strict=True))
+    return (exact - quantized).float()
+
+
 def input_moments(fitted: FittedTransform, tokens: torch.Tensor, hessian: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """``E[t̂ᵀ t̂]`` and ``E[tᵀ t̂]`` of the transformed input ``t`` and its quantized form ``t̂``, each fp32 ``[K, K]``.
 

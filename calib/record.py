@@ -1,7 +1,8 @@
 """``calibration.safetensors``: what calibration decided, for people and tools; the integer codes themselves live in the model.
 
 Per group, fp32: ``<group>.left`` ``[n1, n1]``, ``.right`` ``[n2, n2]``, ``.channel_scale`` ``[K]``, ``.clip`` ``[1]``, ``.weight_scale``
-``[N, K / G]``; what a transform does not have is absent. The metadata holds the recipe. Equal solutions give equal bytes.
+``[N, K / G]``, ``.bias_correction`` ``[N]``; what a transform or the recipe does not have is absent. The metadata holds the recipe.
+Equal solutions give equal bytes.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def write_record(path: Path, names: Sequence[str], solution: Callable[[str], Gro
                 "channel_scale": found.channel_scale,
                 "clip": np.array([found.clip]),
                 "weight_scale": found.scales,
+                "bias_correction": found.bias,
             }
             for part, array in parts.items():
                 if array is None:

@@ -43,7 +43,9 @@ class GroupStats:
 
 @dataclass(frozen=True, eq=False)
 class GroupSolution:
-    """How one group is quantized: ``t = (x / channel_scale) · (left ⊗ right)``, ``q = quantize(t, clip)``, ``y = q · codesᵀ · scales``.
+    """How one group is quantized.
+
+    ``t = (x / channel_scale) · (left ⊗ right)``, ``q = quantize(t, clip)``, ``y = q · codesᵀ · scales + bias``.
 
     Attributes:
         group: The group's name.
@@ -53,6 +55,7 @@ class GroupSolution:
         clip: Factor in (0, 1] on the row's largest magnitude before the activation scale is taken from it.
         codes: int8 ``[N, K]`` holding -8..7 (4 bits) or -128..127 (8 bits), linears stacked in group order, in the transformed space.
         scales: fp32 ``[N, K / G]``, all positive; ``[N, 1]`` per channel.
+        bias: fp32 ``[N]`` that is added to the linears' biases, which may be none, to make up for the mean error; None adds nothing.
         metrics: Figures for the report: ``weight_rel_l2``, ``activation_rel_l2``, ``output_rel_l2``, ``flatness_before``,
             ``flatness_after``, ``seconds``; only what was measured.
         profile_before: Sorted channel magnitudes (descending, at most 256 points) of the input, for the report's picture.
@@ -66,6 +69,7 @@ class GroupSolution:
     clip: float
     codes: npt.NDArray[np.int8]
     scales: Array
+    bias: Array | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     profile_before: Array | None = None
     profile_after: Array | None = None
@@ -76,6 +80,7 @@ class GroupSolution:
             "channel_scale": self.channel_scale,
             "left": self.left,
             "right": self.right,
+            "bias": self.bias,
             "profile_before": self.profile_before,
             "profile_after": self.profile_after,
         }
@@ -93,6 +98,7 @@ class GroupSolution:
             clip=float(arrays["clip"][0]),
             codes=arrays["codes"],
             scales=arrays["scales"],
+            bias=arrays.get("bias"),
             metrics=metrics,
             profile_before=arrays.get("profile_before"),
             profile_after=arrays.get("profile_after"),

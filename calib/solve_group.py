@@ -9,6 +9,7 @@ import torch
 
 from fqonnx.calib import moments
 from fqonnx.calib.adapt import adapt
+from fqonnx.calib.clips import with_clip
 from fqonnx.calib.registry import transform_named, weight_quantizer_named
 from fqonnx.calib.solution import GroupSolution
 from fqonnx.calib.transforms.base import Problem
@@ -92,6 +93,8 @@ def _solve(
         out_features=out_features,
     )
     fitted = transform_named(recipe.transform).fit(problem) if base is None else adapt(base, problem)
+    if fitted.clip == 1:  # the transform has found none
+        fitted = with_clip(fitted, problem)
     folded = moments.fold(fitted, w)
     quantizer = weight_quantizer_named(recipe.weights)
     target, hessian = folded, None
@@ -103,7 +106,12 @@ def _solve(
     codes, scales = quantizer.quantize(
         target, bits=scheme.weight_bits, group_size=recipe.group_size, hessian=hessian, clip=fitted.weight_clip
     )
-    return measure(name, w, fitted, codes, scales, held_out, scheme.activation_bits, time.perf_counter() - start)
+    bias = None
+    if recipe.bias_correction:
+        if training is None:
+            raise CalibrationError("--bias-correction needs calibration statistics: give calibration data")
+        bias = moments.mean_error(fitted, folded, _dequantize(codes, scales), training, scheme.activation_bits)
+    return measure(name, w, fitted, codes, scales, held_out, scheme.activation_bits, time.perf_counter() - start, bias=bias)
 
 
 def measure(
@@ -115,6 +123,8 @@ def measure(
     rows: torch.Tensor | None,
     activation_bits: int,
     seconds: float,
+    *,
+    bias: torch.Tensor | None = None,
 ) -> GroupSolution:
     """A solution with its figures for the report.
 
@@ -127,6 +137,7 @@ def measure(
         rows: Float input rows ``[T, K]`` that nothing was trained on; None leaves out the figures that need them.
         activation_bits: Bits of the input.
         seconds: What it took.
+        bias: ``[N]`` that is added to the linears' biases, or None.
 
     Raises:
         CalibrationError: The clip is not one.
@@ -138,7 +149,8 @@ def measure(
         t = moments.forward(fitted, rows)
         quantized = moments.quantize_input(t, activation_bits, fitted.clip)
         metrics["activation_rel_l2"] = _rel_l2(quantized, t)
-        metrics["output_rel_l2"] = _rel_l2(quantized @ rounded.mT, rows @ weight.mT)
+        outputs = quantized @ rounded.mT
+        metrics["output_rel_l2"] = _rel_l2(outputs if bias is None else outputs + bias, rows @ weight.mT)
         before, after = _channel_norms(rows), _channel_norms(t)
         metrics["flatness_before"], metrics["flatness_after"] = _flatness(before), _flatness(after)
         profiles = (_profile(before), _profile(after))
@@ -151,6 +163,7 @@ def measure(
         clip=_checked_clip(fitted),
         codes=codes.cpu().numpy(),
         scales=scales.cpu().numpy(),
+        bias=_array(bias),
         metrics=metrics,
         profile_before=profiles[0],
         profile_after=profiles[1],

@@ -67,6 +67,11 @@ recipe_options = group(
         callback=lambda _context, _option, value: None if value is None else int(value),
         help=f"Weights along K that share a scale; 0: one scale per output channel.  [default: {Recipe.group_size}]",
     ),
+    click.option(
+        "--bias-correction/--no-bias-correction",
+        default=None,
+        help="Add to each linear's bias what its output lacks on average.  [default: no-bias-correction]",
+    ),
     click.option("--keep", multiple=True, metavar="REGEX", help="Leave linears whose name matches in float; may be repeated."),
     click.option("--quantize-head/--float-head", default=None, help="Quantize the vocabulary projection too.  [default: float-head]"),
     click.option(

@@ -533,7 +533,7 @@ def _require_kernels(groups: Sequence[LinearGroup], recipe: Recipe, target: Targ
 def _needs(recipe: Recipe) -> tuple[bool, bool]:
     """Whether the recipe has a use for sampled rows, and for Hessians: what needs these measures its rounding on those."""
     needs_hessian = weight_quantizer_named(recipe.weights).needs_hessian
-    return transform_named(recipe.transform).needs_tokens or needs_hessian, needs_hessian
+    return transform_named(recipe.transform).needs_tokens or needs_hessian or recipe.bias_correction, needs_hessian
 
 
 def observe_groups(

@@ -234,10 +234,11 @@ class StoredSolutions:
             clip=float(found["clip"][0]),
             codes=codes,
             scales=found["weight_scale"],
+            bias=found.get("bias_correction"),
         )
 
 
-_PARTS = ("left", "right", "channel_scale", "clip", "weight_scale")
+_PARTS = ("left", "right", "channel_scale", "clip", "weight_scale", "bias_correction")
 """Of ``calibration.safetensors``, see ``fqonnx.calib.record``."""
 
 

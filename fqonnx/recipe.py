@@ -61,6 +61,7 @@ class Recipe:
         transform: A key of ``fqonnx.calib.transforms.TRANSFORMS``.
         weights: A key of ``fqonnx.calib.weights.WEIGHT_QUANTIZERS``.
         group_size: Weights along K that share a scale, one of ``GROUP_SIZES``; 0 is per output channel.
+        bias_correction: Add to each linear's bias what its output lacks on average.
         keep: Regular expressions (``re.search``) on linear names; what matches stays in float.
         quantize_head: Quantize the vocabulary projection (lm_head) too.
         kv: How a decoder's cache of keys and values is stored, one of ``KV_CACHES``.
@@ -77,6 +78,7 @@ class Recipe:
     transform: str = "flatquant"
     weights: str = "gptq"
     group_size: int = 0
+    bias_correction: bool = False
     keep: tuple[str, ...] = ()
     quantize_head: bool = False
     kv: str = "none"
@@ -97,6 +99,10 @@ class Recipe:
         _one_of("group size", self.group_size, GROUP_SIZES)
         _one_of("KV cache", self.kv, KV_CACHES)
         _one_of("reconstruction", self.reconstruct, RECONSTRUCTIONS)
+        if self.bias_correction and self.reconstruct != "group":
+            raise UsageError(
+                f"bias correction is for groups solved alone, not for --reconstruct {self.reconstruct}: leave out --bias-correction"
+            )
         if not 0 <= self.seed < 2**31:
             raise UsageError(f"seed {self.seed} is out of range: give an integer from 0 to 2147483647")
         if self.steps is not None and self.steps < 1:
@@ -161,6 +167,7 @@ _KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "weights": ("a name", _is_text),
     "kv": ("a name", _is_text),
     "group_size": ("an integer", _is_integer),
+    "bias_correction": ("true or false", lambda value: isinstance(value, bool)),
     "keep": ("a list of regular expressions", lambda value: isinstance(value, list | tuple) and all(map(_is_text, value))),
     "quantize_head": ("true or false", lambda value: isinstance(value, bool)),
     "reconstruct": ("a name", _is_text),

@@ -6,7 +6,8 @@ For each group, in this order:
    multiplied by ``1 / c`` online, in its own element type.
 2. The input is transformed and quantized once, ``FlatQuantize -> Cast -> Mul(scale)``. Where activations stay in float only the transform
    is applied, in fp32 whatever the activation's type: in fp16 an outlier's rounding error would be spread over all other channels.
-3. Each linear becomes ``MatMul(input, DequantizeLinear(weight)) (+ bias)`` and its output keeps its name, type and consumers.
+3. Each linear becomes ``MatMul(input, DequantizeLinear(weight)) (+ bias)`` and its output keeps its name, type and consumers. A
+   solution's correction of the bias is added to the linear's, and is the bias where it has none.
 
 Two ways to store a weight, each where it serves:
 
@@ -128,7 +129,9 @@ class _Rewrite:
         scale_dtype = self._scale_dtype(solution.scales)
         start = 0
         for linear in self.group.linears:
-            self._rewrite_linear(linear, x, slice(start, start + linear.out_features), solution.scales.shape[1], scale_dtype)
+            rows = slice(start, start + linear.out_features)
+            correction = None if solution.bias is None else solution.bias[rows]
+            self._rewrite_linear(linear, x, rows, solution.scales.shape[1], scale_dtype, correction)
             start += linear.out_features
 
     def _fold_into_norm(self, norm: NormSite, channel_scale: Array) -> None:
@@ -188,7 +191,9 @@ class _Rewrite:
             t = insert.node("Cast", [t], {"to": self.dtype.value}, name=f"{name}.cast_back", dtype=self.dtype, shape=shape)
         return t
 
-    def _rewrite_linear(self, linear: Linear, x: ir.Value, rows: slice, scales_per_row: int, scale_dtype: ir.DataType) -> None:
+    def _rewrite_linear(
+        self, linear: Linear, x: ir.Value, rows: slice, scales_per_row: int, scale_dtype: ir.DataType, correction: Array | None
+    ) -> None:
         tags = {**linear.nodes[0].metadata_props, GROUP_TAG: self.group.name, LINEAR_TAG: linear.name}
         insert = Insertion(linear.nodes[0], self.names, tags)
         for node in linear.nodes:
@@ -196,8 +201,9 @@ class _Rewrite:
         weight = self._weight(insert, linear, rows, scales_per_row, scale_dtype)
         shape = last_dim(x.shape, linear.out_features)
         y = insert.node("MatMul", [x, weight], name=linear.name, dtype=self.dtype, shape=shape)
-        if linear.read_bias is not None:
-            bias = insert.constant(f"{linear.name}.bias", ir.tensor(self._cast(linear.read_bias(), self.dtype), dtype=self.dtype))
+        values = [read for read in (None if linear.read_bias is None else linear.read_bias(), correction) if read is not None]
+        if values:
+            bias = insert.constant(f"{linear.name}.bias", ir.tensor(self._cast(sum(values[1:], values[0]), self.dtype), dtype=self.dtype))
             y = insert.node("Add", [y, bias], name=f"{linear.name}.add_bias", dtype=self.dtype, shape=shape)
         take_over(linear.output, y, linear.nodes)
         self.replaced[linear.output] = y

@@ -108,7 +108,7 @@ def test_what_is_stored_is_what_was_solved(tmp_path, recipe, target, monkeypatch
 
 def test_every_part_of_a_solution_is_read_back():
     """A new field is one that ``StoredSolutions`` has to read, or bisection measures another build."""
-    read = {"group", "channel_scale", "left", "right", "clip", "codes", "scales"}
+    read = {"group", "channel_scale", "left", "right", "clip", "codes", "scales", "bias"}
     told = {"metrics", "profile_before", "profile_after"}
     assert set(GroupSolution.__dataclass_fields__) == read | told
 

@@ -47,7 +47,7 @@ class FittedTransform:
         channel_scale: ``[K]``, positive, or None.
         left: ``[n1, n1]`` or None where there is no online transform.
         right: ``[n2, n2]``; ``n1 * n2 == K``.
-        clip: Activation clip in (0, 1].
+        clip: Activation clip in (0, 1]; 1 where the transform looks for none, and then one is looked for.
         weight_clip: ``[N, 1]`` factors in (0, 1] on each scale's absmax, or None to let the weight quantizer choose.
     """
 

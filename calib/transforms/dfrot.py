@@ -11,11 +11,11 @@ from fqonnx.calib.transforms.base import FittedTransform, Problem
 from fqonnx.calib.transforms.hadamard import Hadamard
 from fqonnx.errors import CalibrationError
 
-ROWS = 4096
+ROWS = 2048
 """Input rows that the rotation is refined on."""
 
-STEPS = 100
-"""Alternations; the paper's code takes as many."""
+STEPS = 50
+"""Alternations; the paper's code takes 100, of which the last half changes little."""
 
 GAMMA = 100.0
 """Weight of the error of a row with massive activations, the default of the paper's code; in the loss it is squared."""
@@ -41,7 +41,8 @@ class DFRot:
     rows ``Q(x R)`` are held while the rotation that brings ``x`` nearest to them is found (orthogonal Procrustes, Schönemann 1966:
     ``U Vᵀ`` of the singular value decomposition of ``Σ xᵀ Q(x R)``), and rows are rounded anew. The paper refines one ``[K, K]`` matrix;
     here ``R = left ⊗ right`` and each factor has a Procrustes problem of its own while the other is held. Rounding follows the largest
-    value of a row, so that an alternation may also go up: the best is kept. Weights and outputs play no part.
+    value of a row, so that an alternation may also go up: the best is kept. Weights and outputs play no part. The clip that rows are
+    rounded with meanwhile is searched for the same loss now and then; which is used in the end is chosen by outputs, not here.
     """
 
     needs_tokens: ClassVar[bool] = True
@@ -72,7 +73,7 @@ class DFRot:
                 clip = min(CLIPS, key=lambda clip: _loss(t, bits, clip, weight))
             loss = _loss(t, bits, clip, weight)
             if loss < smallest:
-                best, smallest = FittedTransform(left=left, right=right, clip=clip), loss
+                best, smallest = FittedTransform(left=left, right=right), loss
             left = _refined_left(x, left, right, weight, bits, clip)
             right = _refined_right(x, left, right, weight, bits, clip)
         return best

@@ -49,16 +49,14 @@ def best_scale(problem: Problem, candidates: Iterable[torch.Tensor]) -> FittedTr
     if not bool(torch.isfinite(problem.tokens).all()):
         raise CalibrationError("the calibration activations hold NaN or Inf: check the model in float first")
     x = problem.tokens[:: max(len(problem.tokens) // TOKENS, 1)][:TOKENS]
-    y = (x @ problem.weight.mT).double()
-    sizes = list(problem.out_features or (len(problem.weight),))
-    power = [float(part.square().sum()) for part in torch.split(y, sizes, 1)]
+    y = x @ problem.weight.mT
     best, smallest = FittedTransform(), float("inf")
     for scale in candidates:
         fitted = FittedTransform(channel_scale=scale)
-        error = moments.quantize_input(moments.forward(fitted, x), problem.scheme.activation_bits, 1.0) @ _rounded(fitted, problem).mT - y
-        total = sum(float(part.square().sum()) / p for part, p in zip(torch.split(error, sizes, 1), power, strict=True) if p > 0)
-        if total < smallest:
-            best, smallest = fitted, total
+        found = moments.quantize_input(moments.forward(fitted, x), problem.scheme.activation_bits, 1.0) @ _rounded(fitted, problem).mT
+        error = moments.relative_error(found - y, y, problem.out_features)
+        if error < smallest:
+            best, smallest = fitted, error
     return best
 
 
