@@ -10,6 +10,7 @@ TRANSFORMS: dict[str, str] = {
     "awq": "fqonnx.calib.transforms.awq:Awq",
     "hadamard": "fqonnx.calib.transforms.hadamard:Hadamard",
     "dfrot": "fqonnx.calib.transforms.dfrot:DFRot",
+    "flatquant-fixed": "fqonnx.calib.transforms.flatquant_fixed:FlatQuantFixed",
     "flatquant": "fqonnx.calib.transforms.flatquant:FlatQuant",
 }
 """Name -> ``module:class``; resolved on first use, so that reading the choices does not import torch."""

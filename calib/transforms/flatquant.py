@@ -90,6 +90,7 @@ class Training:
     lr: float = 5e-3
     clip_lr: float = 5e-2
     alpha: float = 0.3
+    learns_scale: bool = True
 
 
 class FlatQuant:
@@ -186,6 +187,7 @@ class _Group(nn.Module):
 
 def _train(problem: Problem, tokens: torch.Tensor, absmax: torch.Tensor, training: Training) -> FittedTransform:
     group = _Group(problem, absmax, training.alpha)
+    group.pair.log_scale.requires_grad_(training.learns_scale)
     clips = [group.clip, group.weight_clip]
     others = [p for p in group.parameters() if all(p is not clip for clip in clips)]
     steps = problem.steps or training.steps
