@@ -153,7 +153,7 @@ def build(
         with clock("read"):
             float_model = FloatModel.read(Path(model), recipe)
             _require_kernels(float_model.found.groups, recipe, kernels)
-            if verify_device == "cuda" and any(recipe.scheme_of(group.name).quantizes_activations for group in float_model.found.groups):
+            if verify_device == "cuda" and _calls_kernels(float_model, recipe, kernels, engine):
                 onnxruntime.require_kernels()
             data = Data.read(
                 float_model.model,
@@ -528,6 +528,15 @@ def _require_kernels(groups: Sequence[LinearGroup], recipe: Recipe, target: Targ
                 f"group {group.name!r}: no kernel transforms K = {k} by {factors[0]} x {factors[1]}, factors are at most {MAX_FACTOR}: "
                 "leave it in float (--keep), or choose --transform none"
             )
+
+
+def _calls_kernels(float_model: FloatModel, recipe: Recipe, target: Target, engine: str) -> bool:
+    """Whether the model that is built has fqonnx ops."""
+    from fqonnx.passes.attention import has_attention
+
+    if any(recipe.scheme_of(group.name).quantizes_activations for group in float_model.found.groups):
+        return True
+    return engine == "onnxruntime" and has_attention(float_model.model, target.capability)
 
 
 def _needs(recipe: Recipe) -> tuple[bool, bool]:

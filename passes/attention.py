@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -71,13 +72,26 @@ class LowerAttention(ir.passes.InPlacePass):
         for graph in model.graphs():
             for node in [node for node in graph if (node.domain, node.op_type) == (CONTRIB, _OP)]:
                 try:
-                    _lower(node, _form(node), self.capability, names)
-                    modified = True
+                    form, kernel = _match(node, self.capability)
                 except _Unfit as unfit:
                     logger.debug("%s stays %s.%s: it %s", node.name, CONTRIB, _OP, unfit)
+                else:
+                    _lower(node, form, kernel, names)
+                    modified = True
         if modified:
             add_functions(model)
         return ir.passes.PassResult(model, modified)
+
+
+def has_attention(model: ir.Model, capability: int | None) -> bool:
+    """Whether ``LowerAttention`` would replace anything."""
+    for graph in model.graphs():
+        for node in graph:
+            if (node.domain, node.op_type) == (CONTRIB, _OP):
+                with suppress(_Unfit):
+                    _match(node, capability)
+                    return True
+    return False
 
 
 def attention_kernels(model: ir.Model) -> list[dict[str, str]]:
@@ -99,6 +113,21 @@ class _Form:
     kv_num_heads: int
     head: int
     scale: float
+
+
+def _match(node: ir.Node, capability: int | None) -> tuple[_Form, Kernel]:
+    """What a node does, and the kernel that does it.
+
+    Raises:
+        _Unfit: The op does something else, or the GPU has no kernel for it.
+    """
+    form = _form(node)
+    if capability is None:
+        raise _Unfit("is for no GPU in particular (no --target)")
+    try:
+        return form, kernel_for(_OP, capability=capability, k=form.head)
+    except EngineError as error:
+        raise _Unfit(f"has {error}") from None
 
 
 def _form(node: ir.Node) -> _Form:
@@ -191,22 +220,8 @@ def _dim(value: ir.Value | None, axis: int, rank: int) -> int | None:
     return dim if isinstance(dim, int) else None
 
 
-def _kernel(form: _Form, capability: int | None) -> Kernel:
-    if capability is None:
-        raise _Unfit("is for no GPU in particular (no --target)")
-    try:
-        return kernel_for(_OP, capability=capability, k=form.head)
-    except EngineError as error:
-        raise _Unfit(f"has {error}") from None
-
-
-def _lower(node: ir.Node, form: _Form, capability: int | None, names: Names) -> None:
-    """Put the op in the node's place, under its name.
-
-    Raises:
-        _Unfit: The GPU has no kernel for it.
-    """
-    kernel = _kernel(form, capability)
+def _lower(node: ir.Node, form: _Form, kernel: Kernel, names: Names) -> None:
+    """Put the op in the node's place, under its name."""
     query, key, value, past_key, past_value, lengths, total, cos, sin = form.inputs
     assert query is not None and past_key is not None and past_value is not None and lengths is not None and total is not None  # noqa: PT018
     names.release_node(node)

@@ -25,12 +25,12 @@ from fqonnx.build import build
 from fqonnx.debug import bisect
 from fqonnx.engines.onnxruntime import run as run_session
 from fqonnx.engines.onnxruntime import session
-from fqonnx.errors import ModelError
+from fqonnx.errors import EngineError, ModelError
 from fqonnx.ops import OPSETS, add_functions, function_for, group_query_attention_node, inline_bodies
 from fqonnx.ops.kernels import KERNELS, kernel_for
 from fqonnx.ops.reference import group_query_attention
 from fqonnx.passes import linears
-from fqonnx.passes.attention import KERNEL_TAG, LowerAttention, attention_kernels
+from fqonnx.passes.attention import KERNEL_TAG, LowerAttention, attention_kernels, has_attention
 from fqonnx.passes.pipeline import check, quantize_model
 from fqonnx.passes.prepare import prepare
 from fqonnx.recipe import SCHEMES, Recipe
@@ -541,6 +541,19 @@ def test_a_build_has_the_op_and_says_so(built: Path, stack: Path) -> None:
     expected, got = (run_session(session(path), stack_feeds(1, 5))["last_hidden_state"] for path in (stack, built / "model.onnx"))
     error = np.linalg.norm(got.astype(np.float32) - expected) / np.linalg.norm(expected.astype(np.float32))
     assert 1e-4 < error < 0.2
+
+
+def test_kernels_that_attention_alone_needs_are_told_before_the_work(stack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights alone in four bits have no op of fqonnx's, but attention has."""
+    monkeypatch.setattr("fqonnx.build.require_device", lambda _device: None)
+    monkeypatch.setattr("fqonnx.plugins.library.library_path", lambda: None)
+    monkeypatch.setattr("fqonnx.build.Data.read", lambda *_, **__: pytest.fail("the work began"))
+    recipe = Recipe(scheme="w4a16", transform="none", weights="rtn")
+    with pytest.raises(EngineError, match="run `fqonnx plugin build`"):
+        build(stack, tmp_path / "out", recipe=recipe, random_calibration=True, target="sm90", verify_device="cuda")
+    model = prepare(ir.load(stack))
+    assert [has_attention(model, capability) for capability in (90, 120, 86, None)] == [True, True, False, False]
+    assert attention_ops(model) == {"com.microsoft": 2}
 
 
 def test_a_build_for_no_gpu_in_particular_lists_no_attention(stack: Path, tmp_path: Path) -> None:
