@@ -169,6 +169,9 @@ def test_predictions_by_hand(monkeypatch: pytest.MonkeyPatch, chunk: int | None)
     assert found.overall.perplexity == pytest.approx(2)
     kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     assert found.overall.kl == pytest.approx(2 * kl / 3)
+    # Half way between (3/4, 1/4) and (1/2, 1/2) lies (5/8, 3/8).
+    js = (0.75 * math.log(6 / 5) + 0.25 * math.log(2 / 3) + 0.5 * math.log(4 / 5) + 0.5 * math.log(4 / 3)) / 2
+    assert found.overall.js == pytest.approx(2 * js / 3)
     assert found.overall.total_variation == pytest.approx(2 * 0.25 / 3)
     assert found.overall.top1 == 1, "the first of equals"
     assert found.overall.rel_l2 == pytest.approx(1), "q's logits are all zero"
@@ -309,6 +312,9 @@ def test_attention_against_the_values_themselves(text_decoder: Path, quantized: 
     p, q = (np.exp(x - x.max(-1, keepdims=True)) for x in (a, b))
     p, q = (x / x.sum(-1, keepdims=True) for x in (p, q))
     assert found[1].total_variation == pytest.approx(float(np.abs(p - q).sum(-1).mean() / 2), rel=0.05)
+    seen = p > 0  # the mask leaves 0 log 0
+    ratio = np.log(np.where(seen, p, 1) / np.where(seen, q, 1))
+    assert found[1].kl == pytest.approx(float((p * ratio).sum(-1).mean()), rel=0.05)
     assert 0 < found[0].js < found[0].kl
     same = parts.attention(pair[0], pair[0], feeds(1))
     assert [(e.kl, e.top1) for e in same] == [(0.0, 1.0)] * SHAPE.layers
