@@ -34,6 +34,7 @@ from benchmarks.results import only_option, run
 from fqonnx.artifact import file_hash
 from fqonnx.calib.registry import transform_named, weight_quantizer_named
 from fqonnx.calib.transforms import TRANSFORMS
+from fqonnx.calib.transforms.base import Learnable
 from fqonnx.calib.weights import WEIGHT_QUANTIZERS
 from fqonnx.errors import UsageError
 from fqonnx.recipe import RECONSTRUCTIONS, Recipe
@@ -69,9 +70,10 @@ class Case:
 
 
 def matrix(subject: Subject) -> list[Case]:
-    """Each transform with each weight quantizer, group by group, those that train first: they take longest."""
-    recipes = [Recipe(transform=transform, weights=weights) for transform in TRANSFORMS for weights in WEIGHT_QUANTIZERS]
-    return [Case(subject, recipe) for recipe in sorted(recipes, key=lambda recipe: not transform_named(recipe.transform).needs_tokens)]
+    """Each transform with each weight quantizer, group by group, those that are trained first: they take longest."""
+    trained = [isinstance(transform_named(name), Learnable) for name in TRANSFORMS]
+    names = [name for _, name in sorted(zip(trained, TRANSFORMS, strict=True), key=lambda pair: not pair[0])]
+    return [Case(subject, Recipe(transform=name, weights=weights)) for name in names for weights in WEIGHT_QUANTIZERS]
 
 
 def main_rows(subject: Subject, seeds: int) -> list[Case]:
