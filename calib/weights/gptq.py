@@ -13,6 +13,9 @@ from fqonnx.calib.weights.rtn import search_scales
 BLOCK = 128
 """Columns whose updates are applied to the rest of the matrix in one product (the paper's lazy batch updates)."""
 
+TOGETHER = 1 << 22
+"""Values of candidates that are rounded side by side (16 MiB): a column of a small matrix costs more to begin than to round."""
+
 
 class Gptq:
     """GPTQ with activation order, a search of dampings and scales for each row, and coordinate descent behind it.
@@ -51,16 +54,21 @@ class Gptq:
         w = weight[:, order]
         # Scaled to a mean diagonal of 1: no sum over K of squares near fp32's largest overflows.
         h = (hessian / diagonal.mean().clamp_min(1e-12))[order][:, order]
-        damped = h + self.damping * torch.eye(len(h), device=h.device)
+        damped = h.clone()
+        damped.diagonal().add_(self.damping)
         wide = [s.repeat_interleave(weight.shape[1] // s.shape[1], 1)[:, order] for s in scales]
         best = torch.empty_like(w)
         chosen = torch.zeros(len(w), dtype=torch.int64, device=w.device)
         smallest = torch.full((len(w),), float("inf"), dtype=torch.float64, device=w.device)
-        for damping in self.dampings:
-            factor = inverse_factor(h, damping)
-            for index, scale in enumerate(wide):
-                q = round_columns(w.clone(), scale, factor, bits)
-                error = quadratic_error(w, q, scale, damped)
+        candidates = [(damping, index) for damping in self.dampings for index in range(len(wide))]
+        together = max(TOGETHER // w.numel(), 1)
+        for start in range(0, len(candidates), together):
+            tried = candidates[start : start + together]
+            factors = {damping: inverse_factor(h, damping) for damping, _ in tried}
+            scale = torch.stack([wide[index] for _, index in tried])
+            rounded = round_columns(w.repeat(len(tried), 1, 1), scale, torch.stack([factors[damping] for damping, _ in tried]), bits)
+            for q, (_, index) in zip(rounded, tried, strict=True):
+                error = quadratic_error(w, q, wide[index], damped)
                 better = error < smallest
                 best[better], chosen[better], smallest[better] = q[better], index, error[better]
         scale = torch.stack(wide)[chosen, torch.arange(len(w), device=w.device)]
@@ -75,31 +83,40 @@ def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
 
     From ``H = U Uᵀ`` with ``U`` upper triangular, a Cholesky factor in reverse order, it is ``U⁻¹``: half the work of inverting ``H``.
     """
-    h = hessian.double()
-    mean = h.diagonal().mean().clamp_min(1e-12)
-    eye = torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
+    mean = hessian.diagonal().double().mean().clamp_min(1e-12)
     while True:
-        reverse, info = torch.linalg.cholesky_ex((h + damping * mean * eye).flip(0, 1))
+        damped = hessian.flip(0, 1).double()
+        damped.diagonal().add_(damping * mean)
+        reverse, info = torch.linalg.cholesky_ex(damped)
+        del damped  # memory for the largest groups
         if not int(info):
+            eye = torch.eye(len(hessian), dtype=reverse.dtype, device=hessian.device)
             factor: torch.Tensor = torch.linalg.solve_triangular(reverse.flip(0, 1), eye, upper=True).float()
             return factor
         damping *= 10  # a Hessian of T < K tokens has rank T: the damping alone makes it definite
 
 
 def round_columns(w: torch.Tensor, scales: torch.Tensor, factor: torch.Tensor, bits: int) -> torch.Tensor:
-    """GPTQ's codes of ``w`` ``[N, K]``, which is overwritten, for ``scales`` ``[N, K]``; columns in the order they are given in."""
+    """GPTQ's codes of ``w`` ``[.., N, K]``, which is overwritten; columns are taken in the order they are given in.
+
+    Args:
+        w: One matrix, or several that are rounded side by side.
+        scales: Of each weight, ``[.., N, K]``.
+        factor: ``inverse_factor``, ``[.., K, K]``.
+        bits: Of the codes.
+    """
     q = torch.empty_like(w)
-    n_columns = w.shape[1]
+    n_columns = w.shape[-1]
     for start in range(0, n_columns, BLOCK):
         stop = min(start + BLOCK, n_columns)
-        errors = torch.empty_like(w[:, start:stop])
+        errors = torch.empty_like(w[..., start:stop])
         for column in range(start, stop):
-            scale = scales[:, column]
-            q[:, column] = codes(w[:, column], scale, bits)
-            error = (w[:, column] - q[:, column] * scale) / factor[column, column]
-            w[:, column:stop] -= error[:, None] * factor[column, column:stop]
-            errors[:, column - start] = error
-        w[:, stop:] -= errors @ factor[start:stop, stop:]
+            scale = scales[..., column]
+            q[..., column] = codes(w[..., column], scale, bits)
+            error = (w[..., column] - q[..., column] * scale) / factor[..., column, column, None]
+            w[..., column:stop] -= error[..., None] * factor[..., None, column, column:stop]
+            errors[..., column - start] = error
+        w[..., stop:] -= errors @ factor[..., start:stop, stop:]
     return q
 
 
