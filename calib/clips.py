@@ -10,8 +10,8 @@ from fqonnx.calib import moments
 if TYPE_CHECKING:
     from fqonnx.calib.transforms.base import FittedTransform, Problem
 
-CLIPS = tuple(1.0 - 0.025 * i for i in range(17))
-"""Activation clips that are tried: 1.0 down to 0.6."""
+CLIPS = tuple(1.0 - 0.025 * i for i in range(25))
+"""Activation clips that are tried: 1.0 down to 0.4."""
 
 TOKENS = 1024
 """Rows that they are tried on."""

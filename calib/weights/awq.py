@@ -1,4 +1,4 @@
-"""AWQ's weight clipping (Lin et al., arXiv 2306.00978, section 5 and its code): round to nearest, clipped where the output gains by it."""
+"""AWQ's weight clipping (Lin et al., arXiv 2306.00978, section 3.2, and its code): round to nearest, clipped where outputs gain by it."""
 
 from __future__ import annotations
 
