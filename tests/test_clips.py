@@ -26,7 +26,7 @@ def test_the_clip_has_the_smallest_output_error_of_those_tried() -> None:
     errors = {clip: float((moments.quantize_input(p.tokens, 4, clip) @ p.weight.mT - y).norm()) for clip in CLIPS}
     found = with_clip(FittedTransform(), p).clip
     assert errors[found] == pytest.approx(min(errors.values()), rel=1e-2)  # it counts each linear by itself
-    assert errors[found] < 0.9 * errors[1.0]
+    assert errors[found] < 0.95 * errors[1.0]
 
 
 @pytest.mark.parametrize("p", [problem("w4a16"), replace(problem(), tokens=None)])
