@@ -301,15 +301,13 @@ class Demo:
         self._recipe = recipe or Recipe()
         self._out = out
         self._progress = progress
-        self._calibration = tokenize(folder / "tokenizer.json", calibration)
+        self._calibration = stack(tokenize(folder / "tokenizer.json", calibration))
         self._evaluation = tokenize(folder / "tokenizer.json", evaluation)
         out.mkdir(parents=True, exist_ok=True)
         self.model = out / "minilm.onnx"
         self.operators = export_encoder(folder, self.model)
         self._feeds = out / "calibration"
-        batches = stack(self._calibration)
-        write_feeds(batches, self._feeds)
-        self._batches = len(batches)
+        write_feeds(self._calibration, self._feeds)
         self._reference = embed(self.model, self._evaluation)
         self._measure("fp32", "32/32", self.model)
 
@@ -322,7 +320,7 @@ class Demo:
             self._out / out,
             recipe=recipe,
             calib_data=str(self._feeds),
-            calib_samples=self._batches,
+            calib_samples=len(self._calibration),
             engine=engine,
             max_error=1.0,  # the embeddings' cosine is the judge here, of baselines too
             force=True,
