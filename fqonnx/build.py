@@ -182,7 +182,7 @@ def build(
         if mix is not None and mix.known is not None:
             sensitivity.adopt_work(mix.known, workspace.work)
         stats = None
-        if mix is not None or recipe.reconstruct == "group":
+        if recipe.reconstruct == "group" or (mix is not None and mix.known is None):
             with clock("observe"):
                 stats = observe_groups(float_model, data, recipe, workspace.work, progress, tokens=mix is not None)
         sensitivities, allocation = None, None
