@@ -522,11 +522,11 @@ def _require_kernels(groups: Sequence[LinearGroup], recipe: Recipe, target: Targ
             raise EngineError(
                 f"group {group.name!r}: {error}: choose another --group-size or --target, or leave it in float (--keep)"
             ) from None
-        factors = (1, 1) if recipe.transform == "none" else factor(k)
+        factors = (1, 1) if not transform_named(recipe.transform).has_pair else factor(k)
         if target.capability is not None and max(factors) > MAX_FACTOR:
             raise EngineError(
                 f"group {group.name!r}: no kernel transforms K = {k} by {factors[0]} x {factors[1]}, factors are at most {MAX_FACTOR}: "
-                "leave it in float (--keep), or choose --transform none"
+                "leave it in float (--keep), or choose a --transform that has no pair, such as smooth"
             )
 
 

@@ -405,7 +405,7 @@ def test_a_target_stores_operands_for_its_kernels(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize(("transform", "code"), [("hadamard", 1), ("none", 0)])
+@pytest.mark.parametrize(("transform", "code"), [("hadamard", 1), ("dfrot", 1), ("none", 0), ("smooth", 0)])
 def test_a_group_that_the_target_has_no_kernel_for_is_told_before_the_work(tmp_path: Path, transform: str, code: int) -> None:
     """263 is a prime: its only pair of factors is wider than kernels take."""
     builder = rewriting.Builder()

@@ -46,6 +46,7 @@ def test_transform_leaves_the_float_output_unchanged_for_any_k(name: str, k: int
     y = moments.forward(fitted, p.tokens) @ moments.fold(fitted, p.weight).mT
     torch.testing.assert_close(y, p.tokens @ p.weight.mT, rtol=1e-3, atol=1e-3 * float(y.abs().max()))
     assert 0 < fitted.clip <= 1
+    assert (fitted.left is not None) == (fitted.right is not None) == transform_named(name).has_pair
 
 
 def test_each_transform_beats_the_one_before_on_outliers() -> None:

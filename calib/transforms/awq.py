@@ -22,6 +22,7 @@ class Awq:
     """
 
     needs_tokens: ClassVar[bool] = True
+    has_pair: ClassVar[bool] = False
 
     def fit(self, problem: Problem) -> FittedTransform:
         """Search alpha on the problem's tokens.

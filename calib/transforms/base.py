@@ -96,6 +96,9 @@ class Transform(Protocol):
     needs_tokens: ClassVar[bool]
     """Whether ``fit`` reads ``tokens`` or ``absmax``. Where nothing needs them, the float model is never run for statistics."""
 
+    has_pair: ClassVar[bool]
+    """Whether ``fit`` gives a Kronecker pair, which a kernel has to apply online."""
+
     def fit(self, problem: Problem) -> FittedTransform:
         """Find the transform of one group.
 

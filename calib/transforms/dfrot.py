@@ -46,6 +46,7 @@ class DFRot:
     """
 
     needs_tokens: ClassVar[bool] = True
+    has_pair: ClassVar[bool] = True
 
     def fit(self, problem: Problem) -> FittedTransform:
         """Refine the rotation drawn from the problem's seed; where activations stay in float there is nothing to refine it on.

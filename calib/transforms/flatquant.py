@@ -97,6 +97,7 @@ class FlatQuant:
     """Trains the transform of one group on the sum of its linears' output errors."""
 
     needs_tokens: ClassVar[bool] = True
+    has_pair: ClassVar[bool] = True
     training: ClassVar[Training] = Training()
 
     def fit(self, problem: Problem) -> FittedTransform:

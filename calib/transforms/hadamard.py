@@ -34,6 +34,7 @@ class Hadamard:
     """A data-free rotation: spreads every outlier over all channels."""
 
     needs_tokens: ClassVar[bool] = False
+    has_pair: ClassVar[bool] = True
 
     def fit(self, problem: Problem) -> FittedTransform:
         """A random rotation drawn from the problem's seed."""

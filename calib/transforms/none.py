@@ -11,6 +11,7 @@ class NoTransform:
     """Leaves the group's input as it is."""
 
     needs_tokens: ClassVar[bool] = False
+    has_pair: ClassVar[bool] = False
 
     def fit(self, problem: Problem) -> FittedTransform:
         """The identity."""

@@ -34,6 +34,7 @@ class Smooth:
     """
 
     needs_tokens: ClassVar[bool] = True
+    has_pair: ClassVar[bool] = False
 
     def fit(self, problem: Problem) -> FittedTransform:
         """The channel scale of the group's observed absmax.
