@@ -23,6 +23,9 @@ HELD_OUT = 16
 DEFAULT_LIVE_BYTES = 2 << 30
 """Activations in memory; what goes beyond it waits on disk."""
 
+DEVICE_SHARE = 0.25
+"""Share of a GPU's free memory for activations; what goes beyond it waits in the host's."""
+
 
 class Chunks:
     """Feeds and streams of activations by chunk.
@@ -34,6 +37,7 @@ class Chunks:
         stacks: Whether feeds of equal shapes can be: the first axis of every input is the same free axis.
         mask: The input ``[batch, sequence]`` that is zero where a token is padding, or None.
         live_bytes: Bytes in memory.
+        device: Where tensors are given, and on a GPU kept as far as ``DEVICE_SHARE`` goes.
     """
 
     def __init__(
@@ -45,10 +49,16 @@ class Chunks:
         stacks: bool,
         mask: str | None = None,
         live_bytes: int = DEFAULT_LIVE_BYTES,
+        device: torch.device | str = "cpu",
     ) -> None:
         self._live = Live(workdir, live_bytes)
+        self._device = torch.device(device)
+        self._near: dict[tuple[str, int], torch.Tensor] = {}
+        self._far: set[str] = set()
+        self._room = int(DEVICE_SHARE * torch.cuda.mem_get_info(self._device)[0]) if self._device.type == "cuda" else 0
         self._mask = mask
         self._names: list[str] = []
+        self._padded: set[int] = set()
         self.rows: list[int] = []
         pending: dict[tuple[tuple[int, ...], ...], list[Feeds]] = {}
         for feed in source:
@@ -80,27 +90,37 @@ class Chunks:
         return range(HELD_OUT - 1, len(self), HELD_OUT)
 
     def feeds(self, chunk: int) -> Tensors:
-        """The model's inputs."""
-        return {name: torch.from_numpy(self._live.get(f"feed {name}", chunk)) for name in self._names}
+        """The model's inputs, on the device."""
+        return {name: self.get(f"feed {name}", chunk) for name in self._names}
 
     def mask(self, chunk: int) -> torch.Tensor | None:
         """``[batch, sequence]``: what is not padding; None where the data have no padding mask, or it masks nothing."""
-        if self._mask is None:
-            return None
-        mask = self._live.get(f"feed {self._mask}", chunk) != 0
-        return None if mask.all() else torch.from_numpy(mask)
+        return self.get("mask", chunk) if chunk in self._padded else None
 
     def put(self, stream: str, chunk: int, activation: torch.Tensor) -> None:
         """Keep a chunk's activation."""
-        self._live.put_all({stream: activation.detach().cpu().numpy()}, chunk)
+        activation = activation.detach()
+        if self._device.type == "cuda" and activation.nbytes <= self._room:
+            self._room -= activation.nbytes
+            self._near[stream, chunk] = activation.to(self._device).clone()
+        else:
+            self._far.add(stream)
+            self._live.put_all({stream: activation.cpu().numpy()}, chunk)
 
     def get(self, stream: str, chunk: int) -> torch.Tensor:
-        """A chunk's activation, on the CPU."""
-        return torch.from_numpy(self._live.get(stream, chunk))
+        """A chunk's activation, on the device."""
+        near = self._near.get((stream, chunk))
+        return torch.from_numpy(self._live.get(stream, chunk)).to(self._device) if near is None else near
 
     def advance(self, streams: dict[str, str]) -> None:
         """Drop all streams but some, and give those new names: ``{new: old}``."""
-        self._live.rename(streams, keep={f"feed {name}" for name in self._names})
+        same = {"mask", *(f"feed {name}" for name in self._names)}
+        renamed = {old: new for new, old in streams.items()} | {name: name for name in same}
+        near = {(renamed[name], chunk): tensor for (name, chunk), tensor in self._near.items() if name in renamed}
+        self._room += sum(tensor.nbytes for tensor in self._near.values()) - sum(tensor.nbytes for tensor in near.values())
+        self._near = near
+        self._live.rename({new: old for new, old in streams.items() if old in self._far}, keep=same)
+        self._far = {renamed[name] for name in self._far if name in renamed}
 
     def order(self, steps: int, seed: int) -> list[int]:
         """Chunks to train on, one for each step, each as often as it has rows."""
@@ -112,7 +132,12 @@ class Chunks:
     def _add(self, alike: list[Feeds]) -> None:
         self._names = list(alike[0])
         stacked = alike[0] if len(alike) == 1 else {name: np.concatenate([feed[name] for feed in alike]) for name in alike[0]}
-        self._live.put_all({f"feed {name}": np.ascontiguousarray(array) for name, array in stacked.items()}, len(self.rows))
+        chunk = len(self.rows)
+        for name, array in stacked.items():
+            self.put(f"feed {name}", chunk, torch.from_numpy(np.ascontiguousarray(array)))
+        if self._mask is not None and not (shown := stacked[self._mask] != 0).all():
+            self._padded.add(chunk)
+            self.put("mask", chunk, torch.from_numpy(shown))
         self.rows.append(_rows(stacked))
         alike.clear()
 

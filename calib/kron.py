@@ -10,14 +10,15 @@ if TYPE_CHECKING:
 
 
 WIDTH = 128
-"""Right factors are as wide as this where K allows."""
+"""Right factors are as wide as this where K allows and nothing else is asked for."""
 
 
-def factor(k: int) -> tuple[int, int]:
+def factor(k: int, width: int = WIDTH) -> tuple[int, int]:
     """The sizes ``n1 <= n2``, ``n1 * n2 == k``, of the pair that transforms K channels.
 
-    The widest right factor up to ``WIDTH`` with which the pair holds at most an eighth of K² values, so that it stays small beside the
-    weights of small models; where there is none, the pair with the smallest sum (a prime gives ``(1, k)``).
+    The widest right factor up to ``width`` with which the pair holds at most an eighth of K² values (with another width than ``WIDTH``
+    in proportion to its square), so that it stays small beside the weights of small models; where there is none, the pair with the
+    smallest sum (a prime gives ``(1, k)``).
 
     Wide factors can do more: on a small Llama, K = 512, 4 x 128 has 7 % less output error than 16 x 32, the cheapest pair. They cost
     ``2 (n1 + n2)`` operations a channel, which on a GPU stays below the cost of reading the channel up to a sum of about 192.
@@ -28,7 +29,7 @@ def factor(k: int) -> tuple[int, int]:
     if k < 1:
         raise ValueError(f"cannot factor {k}")
     pairs = [(n, k // n) for n in range(1, math.isqrt(k) + 1) if k % n == 0]
-    return next(((n1, n2) for n1, n2 in pairs if n2 <= WIDTH and 8 * (n1**2 + n2**2) <= k**2), pairs[-1])
+    return next(((n1, n2) for n1, n2 in pairs if n2 <= width and 8 * (n1**2 + n2**2) * WIDTH**2 <= (k * width) ** 2), pairs[-1])
 
 
 def apply(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

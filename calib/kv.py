@@ -31,6 +31,7 @@ from fqonnx.calib.observe import model_fingerprint
 from fqonnx.calib.stream import StreamedModel
 from fqonnx.errors import CalibrationError
 from fqonnx.passes.kv_cache import FORMATS, CacheTransform, output_importance
+from fqonnx.passes.kv_cache_formats import E4M3_MAX
 from fqonnx.progress import Silent
 
 if TYPE_CHECKING:
@@ -400,18 +401,41 @@ def _power(x: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
     return ((x @ metric) * x).sum(-1).mean()
 
 
-def _rounding(x: torch.Tensor, forward: torch.Tensor, backward: torch.Tensor) -> torch.Tensor:
-    """What storing ``x`` ``[heads, T, size]`` as int4 adds to it; differentiable by the straight-through estimator."""
+def stored(x: torch.Tensor, form: Format) -> torch.Tensor:
+    """``x`` ``[.., size]`` as a cache of the format gives it back, scales in fp32; differentiable by the straight-through estimator.
+
+    What ``quantize`` and ``dequantize`` of ``fqonnx.passes.kv_cache_formats`` come to, but for vectors that are not finite.
+    """
     import torch
 
-    y = (x @ forward).reshape(*x.shape[:-1], FORMATS["int4"].groups(x.shape[-1]), -1)
+    def rounded(value: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
+        return value + (to - value).detach()
+
+    groups = form.groups(x.shape[-1])
+    y = x.reshape([*x.shape[:-1], groups, x.shape[-1] // groups])
     low, high = y.amin(-1, keepdim=True).clamp_max(0), y.amax(-1, keepdim=True).clamp_min(0)
-    scale = ((high - low) / 256).clamp_min(torch.finfo(y.dtype).tiny)
-    zero = ((-low / scale).round() - 8).clamp(0, 255).detach()
-    cells = (y / scale + zero) / 16
-    cells = cells + (cells.round() - cells).detach()
-    error: torch.Tensor = (16 * cells.clamp(0, 15) - zero) * scale - y
-    return error.reshape(x.shape) @ backward
+    smallest = torch.finfo(y.dtype).tiny
+    if not form.zero_point:
+        scale = (torch.maximum(high, -low) / E4M3_MAX).clamp_min(smallest)
+        ratio = (y / scale).clamp(-E4M3_MAX, E4M3_MAX)
+        return (rounded(ratio, ratio.to(torch.float8_e4m3fn).to(ratio.dtype)) * scale).reshape(x.shape)
+    scale = ((high - low) / form.steps).clamp_min(smallest)
+    if form.bits == 4:
+        zero = ((-low / scale).round() - 8).clamp(0, 255).detach()
+        cells = (y / scale + zero) / 16
+        codes = 16 * rounded(cells, cells.round()).clamp(0, 15)
+    else:
+        zero = (-low / scale).round().clamp(0, 255).detach()
+        steps = y / scale
+        codes = (rounded(steps, steps.round()) + zero).clamp(0, 255)
+    values: torch.Tensor = ((codes - zero) * scale).reshape(x.shape)
+    return values
+
+
+def _rounding(x: torch.Tensor, forward: torch.Tensor, backward: torch.Tensor) -> torch.Tensor:
+    """What storing ``x`` ``[heads, T, size]`` as int4 adds to it; differentiable by the straight-through estimator."""
+    y = x @ forward
+    return (stored(y, FORMATS["int4"]) - y) @ backward
 
 
 def _error(tokens: torch.Tensor, metric: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

@@ -91,6 +91,7 @@ def _solve(
         seed=seed,
         steps=recipe.steps,
         out_features=out_features,
+        width=recipe.width,
     )
     fitted = transform_named(recipe.transform).fit(problem) if base is None else adapt(base, problem)
     if fitted.clip == 1:  # the transform has found none

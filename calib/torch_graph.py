@@ -59,6 +59,7 @@ class TorchGraph:
         self._group_of = {linear.output: group for group in groups for linear in group.linears}
         self._sizes: Sizes = {} if sizes is None else sizes
         self._static: dict[tuple[object, ...], dict[ir.Value, torch.Tensor]] = {}
+        self._moved: dict[ir.Value, tuple[torch.Tensor, torch.Tensor]] = {}
         known = {name for made in self._sizes.values() for name in made}
         self._steps, self._constant_values, self._carried = self._plan(known)
         self._constants = {value: self._constant(value) for value in self._constant_values}
@@ -81,6 +82,7 @@ class TorchGraph:
         linears: Callable[[LinearGroup, torch.Tensor], Sequence[torch.Tensor]] | None = None,
         *,
         key: Mapping[str, torch.Tensor] | None = None,
+        changes: Mapping[ir.Value, Callable[[torch.Tensor], torch.Tensor]] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Run.
 
@@ -88,10 +90,12 @@ class TorchGraph:
             feeds: Tensors by the names of given values and graph inputs; those that are not read may be missing.
             linears: Gives the outputs of a group's linears for the group's input.
             key: The sample's graph inputs, whose shapes say which sizes apply; None takes ``feeds``.
+            changes: By value, what is done to it before anything reads it: to results of nodes that depend on the feeds' contents.
 
         Returns:
             The outputs by name.
         """
+        changes = changes or {}
         shapes = tuple((name, tuple(tensor.shape)) for name, tensor in sorted((feeds if key is None else key).items()))
         sizes = self._sizes.setdefault(shapes, {})
         static = self._static.get(shapes)
@@ -114,6 +118,7 @@ class TorchGraph:
                 values.update((value, static[value]) for value in step.outputs if value in static)
             else:
                 self._run(step, values)
+                values.update((value, changes[value](values[value])) for value in step.outputs if value in changes)
                 if step in self._is_static:
                     static.update((value, values[value]) for value in step.outputs if value in values)
             for value in self._last_use.get(index, ()):
@@ -139,7 +144,17 @@ class TorchGraph:
         if self.device.type == "cpu" or all(x is None or x.device.type == "cpu" for x in operands):
             return operands
         host = _HOST_OPERANDS.get(node.op_type, range(0))
-        return [x if x is None or index in host else x.to(self.device) for index, x in enumerate(operands)]
+        return [
+            x if x is None or value is None or index in host or x.device.type != "cpu" else self._copied(value, x)
+            for index, (value, x) in enumerate(zip(node.inputs, operands, strict=True))
+        ]
+
+    def _copied(self, value: ir.Value, x: torch.Tensor) -> torch.Tensor:
+        """A tensor of the CPU on the device, copied once as long as it stays the same: a CUDA graph cannot hold the copy."""
+        known = self._moved.get(value)
+        if known is None or known[0] is not x:
+            known = self._moved[value] = x, x.to(self.device)
+        return known[1]
 
     def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -171,7 +171,7 @@ def _slice(_node: ir.Node, x: T, starts: T, ends: T, axes: T | None = None, step
             index: list[slice] = [slice(None)] * (axis % x.ndim) + [slice(picked.start, max(picked.stop, picked.start), step)]
             x = x[tuple(index)]
         else:
-            x = x.index_select(axis, torch.tensor(list(picked), device=x.device))
+            x = x.index_select(axis, torch.arange(len(picked), device=x.device) * step + picked.start)
     return x
 
 
@@ -179,7 +179,7 @@ def _gather(node: ir.Node, x: T, indices: T) -> T:
     axis = node.attributes.get_int("axis", 0) % x.ndim
     flat = indices.reshape(-1).long().to(x.device)
     taken = x.index_select(axis, torch.where(flat < 0, flat + x.shape[axis], flat))
-    return taken.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    return taken.reshape([*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]])
 
 
 def _gather_elements(node: ir.Node, x: T, indices: T) -> T:

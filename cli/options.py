@@ -17,7 +17,7 @@ from fqonnx.calib.weights import WEIGHT_QUANTIZERS
 from fqonnx.cli import terminal
 from fqonnx.engines import Profile
 from fqonnx.errors import UsageError
-from fqonnx.recipe import ALLOCATIONS, GROUP_SIZES, KV_CACHES, RECONSTRUCTIONS, SCHEMES, Recipe
+from fqonnx.recipe import ALLOCATIONS, GROUP_SIZES, KV_CACHES, RECONSTRUCTIONS, SCHEMES, WIDTHS, Recipe
 
 if TYPE_CHECKING:
     from fqonnx.calib.data.base import Source
@@ -80,7 +80,13 @@ recipe_options = group(
     click.option(
         "--reconstruct",
         type=click.Choice(list(RECONSTRUCTIONS)),
-        help=f"What a group is solved for: its own output, fast, or its block's, accurate.  [default: {Recipe.reconstruct}]",
+        help=f"What a group is solved for: its own output, fast, its block's, accurate, or the model's.  [default: {Recipe.reconstruct}]",
+    ),
+    click.option(
+        "--width",
+        type=click.Choice([str(width) for width in WIDTHS]),
+        callback=lambda _context, _option, value: None if value is None else int(value),
+        help=f"Size of a transform's right factor at most; 256 is more accurate and slower online.  [default: {Recipe.width}]",
     ),
     click.option("--seed", type=int, help=f"Seed of every random choice.  [default: {Recipe.seed}]"),
     click.option("--steps", type=int, help="Training steps of a learned transform, per group or per block.  [default: the method's own]"),

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from fqonnx import artifact, cache_plan, sensitivity
 from fqonnx import model as model_file
+from fqonnx.attention_cache_plan import AttentionCachePlan
 from fqonnx.cache_plan import CachePlan
 from fqonnx.calib.data.holdout import Part, count_samples, has_free_batch
 from fqonnx.calib.kron import factor
@@ -339,7 +340,7 @@ class FloatModel:
     found: Linears
     fingerprint: str
     float_bytes: int
-    cache: CachePlan | None = None
+    cache: CachePlan | AttentionCachePlan | None = None
 
     @classmethod
     def read(cls, path: Path, recipe: Recipe) -> FloatModel:
@@ -358,7 +359,7 @@ class FloatModel:
         found = find_for(model, recipe)
         if not found.groups:
             raise ModelError(f"{path} has nothing to quantize: {_why_nothing(found)}")
-        return cls(path, model, found, fingerprint, float_bytes, CachePlan.of(model, recipe))
+        return cls(path, model, found, fingerprint, float_bytes, AttentionCachePlan.of(model, recipe) or CachePlan.of(model, recipe))
 
     def with_transformed_cache(self, data: Data, recipe: Recipe, workdir: Path, device: str, progress: Progress) -> FloatModel:
         """The same model, in place, with transforms of keys and values in it that leave what it computes as it is.
@@ -396,12 +397,12 @@ class FloatModel:
         from fqonnx.calib.observe import reservoir_rows
 
         groups, (needs_tokens, needs_hessian) = self.found.groups, _needs(recipe)
-        if recipe.reconstruct == "block":
+        if recipe.reconstruct != "group":
             # Three activations of every token between two blocks, as wide as the narrowest group's input.
             streams = 3 * 4 * rows * min(group.in_features for group in groups)
             return self.float_bytes + streams + schemes * sum(group.in_features * group.out_features for group in groups)
         needed = self.float_bytes + schemes * sum(group.in_features * group.out_features for group in groups)
-        needed += sum(2 * 4 * n**2 for group in groups for n in factor(group.in_features))
+        needed += sum(2 * 4 * n**2 for group in groups for n in factor(group.in_features, recipe.width))
         if needs_tokens:
             needed += sum(4 * group.in_features * min(rows, reservoir_rows(group.in_features)) for group in groups)
         if needs_hessian:
@@ -522,7 +523,7 @@ def _require_kernels(groups: Sequence[LinearGroup], recipe: Recipe, target: Targ
             raise EngineError(
                 f"group {group.name!r}: {error}: choose another --group-size or --target, or leave it in float (--keep)"
             ) from None
-        factors = (1, 1) if not transform_named(recipe.transform).has_pair else factor(k)
+        factors = (1, 1) if not transform_named(recipe.transform).has_pair else factor(k, recipe.width)
         if target.capability is not None and max(factors) > MAX_FACTOR:
             raise EngineError(
                 f"group {group.name!r}: no kernel transforms K = {k} by {factors[0]} x {factors[1]}, factors are at most {MAX_FACTOR}: "
@@ -572,7 +573,7 @@ def _solve(
 ) -> SolutionStore:
     """Every group's solution, of those that are there already the same."""
     inputs = float_model.solved_from(data)
-    if recipe.reconstruct == "block":
+    if recipe.reconstruct != "group":
         return _reconstruct(float_model, data, recipe, workdir, inputs, device, progress)
     return solve(float_model.found.groups, stats, recipe, workdir=workdir, fingerprint=inputs, device=device, progress=progress)
 
@@ -594,6 +595,7 @@ def _reconstruct(
         device=device,
         mask=padding_mask(float_model.model),
         stacks=has_free_batch(model_file.inputs(float_model.model)),
+        changes=None if float_model.cache is None else float_model.cache.rounding(),
         progress=progress,
     )
 
@@ -611,9 +613,12 @@ def _write_model(
     from fqonnx.passes.attention import attention_kernels
     from fqonnx.passes.pipeline import quantize_model
 
+    cache = float_model.cache
+    if cache is not None and cache.applied_first:
+        cache.apply(float_model.model)
     model = quantize_model(float_model.model, float_model.found.groups, solution, recipe, target, engine)
-    if float_model.cache is not None:
-        float_model.cache.apply(model)
+    if cache is not None and not cache.applied_first:
+        cache.apply(model)
     bindings = _bindings(model, {group.name: recipe.scheme_of(group.name) for group in float_model.found.groups})
     model_file.save(model, path)
     if unknown := _unknown_to_onnx(model):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fqonnx import model as model_file
-from fqonnx.calib.kv import CacheSolution, fit, method_for
+from fqonnx.calib.kv import CacheSolution, fit, method_for, stored
 from fqonnx.calib.roles import padding_mask
 from fqonnx.errors import ModelError
-from fqonnx.passes import kv_cache
+from fqonnx.passes import kv_cache, kv_cache_attention
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     import onnx_ir as ir
+    import torch
 
     from fqonnx.calib.data.base import Source
     from fqonnx.passes.kv_cache import CacheLayer
@@ -39,6 +42,9 @@ class CachePlan:
     layers: tuple[CacheLayer, ...]
     form: Format
     solution: CacheSolution
+
+    applied_first: ClassVar[bool] = False
+    """Whether ``apply`` comes before the linears are rewritten."""
 
     @classmethod
     def of(cls, model: ir.Model, recipe: Recipe) -> CachePlan | None:
@@ -75,8 +81,13 @@ class CachePlan:
         kv_cache.TransformCache(self.layers, solution.transforms)(model)
         return replace(self, solution=solution)
 
+    def rounding(self) -> dict[ir.Value, Callable[[torch.Tensor], torch.Tensor]]:
+        """What storing does, by value of the model: what attention reads of each cache, in torch and differentiable."""
+        caches = [cache for layer in self.layers for cache in (layer.key, layer.value)]
+        return {cache.concat.outputs[0]: partial(stored, form=self.form) for cache in caches}
+
     def apply(self, model: ir.Model) -> None:
-        """Give the cache its format, in place."""
+        """Give the cache its format, in place; after ``quantize_model``."""
         kv_cache.QuantizeCache(self.layers, self.form)(model)
 
     @property
@@ -119,6 +130,8 @@ def comparable(path: Path) -> ir.Model:
     model = model_file.load(path / "model.onnx" if path.is_dir() else path)
     if kv_cache.METADATA not in model.metadata_props:
         return model
+    if kv_cache_attention.has_static_scales(model):
+        return kv_cache_attention.with_float_cache(model)
     transforms = (path if path.is_dir() else path.parent) / FILE
     if not transforms.is_file():
         raise ModelError(f"{path} has a quantized cache, and {FILE} is not beside it: give the whole build directory")

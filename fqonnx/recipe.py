@@ -46,8 +46,11 @@ ALLOCATIONS = ("dynamic", "greedy")
 """How schemes are chosen per group: exactly, or by the upgrade that saves the most error per bit, over and over."""
 
 
-RECONSTRUCTIONS = ("group", "block")
-"""What a group is solved for: the output of its own linears, fast, or that of the whole block it lies in, accurate."""
+RECONSTRUCTIONS = ("group", "block", "model")
+"""What a group is solved for: the output of its own linears, fast, that of the whole block it lies in, or that of the model behind it."""
+
+WIDTHS = (128, 256)
+"""Right factors of Kronecker pairs are at most so wide: what costs least online, and the widest that kernels take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,7 @@ class Recipe:
         quantize_head: Quantize the vocabulary projection (lm_head) too.
         kv: How a decoder's cache of keys and values is stored, one of ``KV_CACHES``.
         reconstruct: What a group is solved for, one of ``RECONSTRUCTIONS``.
+        width: Size of the right factor of a transform at most, one of ``WIDTHS``.
         seed: Seed of every random choice: token reservoir, random rotations, training order.
         steps: Training steps of a learned transform, per group or per block; None takes the default.
 
@@ -83,6 +87,7 @@ class Recipe:
     quantize_head: bool = False
     kv: str = "none"
     reconstruct: str = "group"
+    width: int = WIDTHS[0]
     seed: int = 0
     steps: int | None = None
 
@@ -99,6 +104,7 @@ class Recipe:
         _one_of("group size", self.group_size, GROUP_SIZES)
         _one_of("KV cache", self.kv, KV_CACHES)
         _one_of("reconstruction", self.reconstruct, RECONSTRUCTIONS)
+        _one_of("width", self.width, WIDTHS)
         if self.bias_correction and self.reconstruct != "group":
             raise UsageError(
                 f"bias correction is for groups solved alone, not for --reconstruct {self.reconstruct}: leave out --bias-correction"
@@ -171,6 +177,7 @@ _KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "keep": ("a list of regular expressions", lambda value: isinstance(value, list | tuple) and all(map(_is_text, value))),
     "quantize_head": ("true or false", lambda value: isinstance(value, bool)),
     "reconstruct": ("a name", _is_text),
+    "width": ("an integer", _is_integer),
     "seed": ("an integer", _is_integer),
     "steps": ("an integer or null", lambda value: value is None or _is_integer(value)),
 }

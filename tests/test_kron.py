@@ -30,6 +30,14 @@ def test_factor_takes_the_widest_right_factor_within_bounds(k: int, expected: tu
     assert kron.factor(k) == expected
 
 
+@pytest.mark.parametrize(
+    ("k", "expected"),
+    [(64, (2, 32)), (384, (2, 192)), (512, (2, 256)), (1536, (6, 256)), (4096, (16, 256)), (11008, (43, 256)), (14336, (56, 256))],
+)
+def test_a_wider_right_factor_is_taken_where_it_is_asked_for(k: int, expected: tuple[int, int]) -> None:
+    assert kron.factor(k, 256) == expected
+
+
 @given(st.integers(1, 5000))
 def test_factor_always_ends_with_a_pair(k: int) -> None:
     n1, n2 = kron.factor(k)

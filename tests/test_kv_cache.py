@@ -20,13 +20,14 @@ from fqonnx.bench import bench
 from fqonnx.build import build
 from fqonnx.cache_plan import FILE, CachePlan, comparable
 from fqonnx.calib import kv
+from fqonnx.calib.chunks import HELD_OUT
 from fqonnx.decoding import Decoder
 from fqonnx.errors import CalibrationError, ModelError, UsageError
 from fqonnx.passes import kv_cache, linears
 from fqonnx.passes.edit import Insertion, Names
 from fqonnx.passes.kv_cache import CacheTransform, QuantizeCache, TransformCache, with_float_cache
 from fqonnx.passes.kv_cache_formats import FORMATS, Emitter, dequantize, quantize
-from fqonnx.passes.pipeline import check
+from fqonnx.passes.pipeline import check, quantize_model
 from fqonnx.passes.prepare import prepare
 from fqonnx.recipe import KV_CACHES, Recipe
 from fqonnx.verify import verify
@@ -649,3 +650,73 @@ def test_decoders_as_torchscript_exports_them(kind: str, tmp_path: Path) -> None
     cached.reset()
     chunks = np.concatenate([cached(ids[:, :9]), cached(ids[:, 9:10]), cached(ids[:, 10:])], axis=1)
     np.testing.assert_allclose(chunks, whole, atol=1e-4 * float(np.abs(whole).max()))
+
+
+# --- In training
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+@pytest.mark.parametrize("size", [6, 64])
+def test_what_training_sees_is_what_is_stored(name: str, size: int) -> None:
+    torch = pytest.importorskip("torch")
+    x = np.random.default_rng(3).normal(size=(2, 3, 50, size)).astype(np.float32) * np.float32(3)
+    x[0, 0, 0] = 0
+    x[0, 0, 1] = 5
+    given = torch.from_numpy(x).requires_grad_()
+    y = kv.stored(given, FORMATS[name])
+    expected = dequantize(quantize(x, FORMATS[name]), FORMATS[name])
+    # Rounding falls otherwise in a few places: a step of int4 is a fifteenth of the range.
+    same = np.isclose(y.detach().numpy(), expected, rtol=1e-5, atol=1e-5)
+    assert same.mean() > 0.999
+    y.sum().backward()
+    assert given.grad is not None
+    assert bool(torch.isfinite(given.grad).all())
+    # On average a change goes through as it is, but for the ends of a range.
+    assert float(given.grad[1].mean()) == pytest.approx(1, abs=0.05 if size == 64 else 0.3)
+    assert kv.stored(given[:, :, :0], FORMATS[name]).shape == (2, 3, 0, size)
+
+
+class Texts(list[Feeds]):
+    """A source in memory."""
+
+    fingerprint = "texts"
+
+    @property
+    def length(self) -> int:
+        return len(self)
+
+
+@pytest.mark.parametrize("name", ["int4", "fp8"])
+def test_blocks_are_trained_with_the_cache_in_the_loop(
+    decoder_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """What training says of the last block on samples held out is what the built model shows there, its cache stored in few bits."""
+    from fqonnx.calib.blocks import find_blocks
+    from fqonnx.calib.reconstruct import Training, reconstruct
+
+    texts = Texts(feeds(24, batch=1, seed=seed) for seed in range(HELD_OUT))
+    recipe = Recipe(kv=name, weights="rtn", scheme="w8a8", transform="hadamard", reconstruct="block")
+    model = load(decoder_file)
+    plan = CachePlan.of(model, recipe)
+    assert plan is not None
+    plan = plan.transformed(model, texts, recipe, workdir=tmp_path)
+    groups = linears.find(model).groups
+    training = Training(tokens=24, steps=3, rounding_steps=3)
+    said = []
+    for number, changes in enumerate((None, plan.rounding())):
+        folder = tmp_path / str(number)
+        with caplog.at_level("INFO"):
+            store = reconstruct(
+                model, groups, texts, recipe, workdir=folder, fingerprint="f", stacks=True, training=training, changes=changes
+            )
+        said.append(float(caplog.messages[-1].split("relative error ")[1].split()[0]))
+    stream = find_blocks(model, groups)[-1].output
+    floating = load(decoder_file)
+    floating.graph.outputs.append(next(node.outputs[0] for node in floating.graph if node.outputs[0].name == stream.name))
+    model.graph.outputs.append(stream)
+    quantized = quantize_model(model, groups, store, recipe, None)
+    plan.apply(quantized)
+    outer = with_float_cache(quantized, plan.solution.transforms)
+    expected, found = (run(m, texts[-1])[stream.name or ""] for m in (floating, outer))
+    assert said[1] > 1.1 * said[0]
+    assert said[1] == pytest.approx(float(np.linalg.norm(found - expected) / np.linalg.norm(expected)), rel=0.02)

@@ -83,6 +83,7 @@ CASES: list[tuple[str, list[Array | None], dict[str, Any]]] = [
     ("Slice", [X, ints(7), ints(0), ints(2), ints(-1)], {}),
     ("Gather", [TABLE, ints(0, -1, 3)], {}),
     ("Gather", [X, np.array(-1)], {"axis": 1}),
+    ("Gather", [X[0, 0], np.array(-1)], {}),
     ("GatherElements", [X, RANDOM.integers(-3, 3, (2, 2, 8))], {"axis": 1}),
     ("GatherND", [X, np.array([[0, 2], [1, -1]])], {}),
     ("Range", [np.array(1), np.array(9), np.array(3)], {}),

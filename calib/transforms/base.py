@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
+from fqonnx.calib.kron import WIDTH
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -27,6 +29,7 @@ class Problem:
         seed: Seed of this group's random choices.
         steps: Training steps of a learned transform; None takes the transform's default.
         out_features: N of each linear in the stack; None is one linear.
+        width: Size of the right factor of a Kronecker pair at most, where there is a choice.
     """
 
     weight: torch.Tensor
@@ -37,6 +40,7 @@ class Problem:
     seed: int
     steps: int | None = None
     out_features: tuple[int, ...] | None = None
+    width: int = WIDTH
 
 
 @dataclass(frozen=True, eq=False)

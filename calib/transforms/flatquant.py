@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from fqonnx.calib import kron
 from fqonnx.calib.quantizers import fake_quantize, row_scale
@@ -31,6 +30,9 @@ MAX_LOG_SCALE = 9.21
 
 BLOCK_ALPHA = 0.5
 """Share of the activations in the channel scale at the start of training on blocks: 2 % less error than with ``Training.alpha``."""
+
+BATCH = 8
+"""Matrices of one size that are solved together: of more, torch calls a library on a GPU that a CUDA graph cannot hold."""
 
 TARGET_VALUES = 1 << 26
 """Float outputs that are computed once for all steps (256 MiB); of larger groups each step computes its own."""
@@ -66,16 +68,23 @@ class InvertibleFactor(nn.Module):
 
 
 def _cayley(raw: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """``(I + A)⁻¹ (I - A)`` of the skew-symmetric part of each square matrix, all in one batch: small ones are padded with zeros.
+    """``(I + A)⁻¹ (I - A)`` of the skew-symmetric part of each square matrix, those of one size together.
 
     ``I + A`` is never singular: there is nothing to check, which on a GPU would wait for the result.
     """
-    widest = max(len(matrix) for matrix in raw)
-    skew = torch.stack([functional.pad(matrix, (0, widest - len(matrix), 0, widest - len(matrix))) for matrix in raw]).triu(1)
-    skew = skew - skew.mT
-    eye = torch.eye(widest, device=skew.device)
-    rotations = torch.linalg.solve_ex(eye + skew, eye - skew)[0]
-    return [rotation[: len(matrix), : len(matrix)] for rotation, matrix in zip(rotations, raw, strict=True)]
+    batches: dict[tuple[int, int], list[int]] = {}
+    seen: dict[int, int] = {}
+    for index, matrix in enumerate(raw):
+        size = len(matrix)
+        batches.setdefault((size, seen.get(size, 0) // BATCH), []).append(index)
+        seen[size] = seen.get(size, 0) + 1
+    rotations: dict[int, torch.Tensor] = {}
+    for (size, _), members in batches.items():
+        skew = torch.stack([raw[index] for index in members]).triu(1)
+        skew = skew - skew.mT
+        eye = torch.eye(size, device=skew.device)
+        rotations.update(zip(members, torch.linalg.solve_ex(eye + skew, eye - skew)[0], strict=True))
+    return [rotations[index] for index in range(len(raw))]
 
 
 @dataclass(frozen=True)
@@ -120,7 +129,7 @@ class FlatQuant:
         """
         if problem.absmax is None:
             raise CalibrationError("the flatquant transform needs calibration statistics: give calibration data")
-        return LearnedPair(problem.weight, problem.absmax, problem.seed, BLOCK_ALPHA)
+        return LearnedPair(problem, problem.absmax, BLOCK_ALPHA)
 
     def transformations(self, learned: Sequence[nn.Module]) -> list[Transformation]:
         """The transformations of several pairs, in the order given, their rotations computed in one batch."""
@@ -134,10 +143,11 @@ class FlatQuant:
 class LearnedPair(nn.Module):
     """A channel scale and a Kronecker pair as they are trained."""
 
-    def __init__(self, weight: torch.Tensor, absmax: torch.Tensor, seed: int, alpha: float) -> None:
+    def __init__(self, problem: Problem, absmax: torch.Tensor, alpha: float) -> None:
         super().__init__()
-        n1, n2 = kron.factor(weight.shape[1])
-        generator = torch.Generator().manual_seed(seed)
+        weight = problem.weight
+        n1, n2 = kron.factor(weight.shape[1], problem.width)
+        generator = torch.Generator().manual_seed(problem.seed)
         self.left = InvertibleFactor(hadamard(n1, generator).to(weight.device))
         self.right = InvertibleFactor(hadamard(n2, generator).to(weight.device))
         self.log_scale = nn.Parameter(channel_scale(absmax, weight, alpha).log())
@@ -166,7 +176,7 @@ class _Group(nn.Module):
     def __init__(self, problem: Problem, absmax: torch.Tensor, alpha: float) -> None:
         super().__init__()
         weight = problem.weight
-        self.pair = LearnedPair(weight, absmax, problem.seed, alpha)
+        self.pair = LearnedPair(problem, absmax, alpha)
         self.clip = nn.Parameter(torch.tensor(4.0, device=weight.device))
         self.weight_clip = nn.Parameter(torch.full((weight.shape[0], 1), 4.0, device=weight.device))
         self.activation_bits = problem.scheme.activation_bits

@@ -39,6 +39,6 @@ class Hadamard:
     def fit(self, problem: Problem) -> FittedTransform:
         """A random rotation drawn from the problem's seed."""
         generator = torch.Generator().manual_seed(problem.seed)
-        n1, n2 = factor(problem.weight.shape[1])
+        n1, n2 = factor(problem.weight.shape[1], problem.width)
         device = problem.weight.device
         return FittedTransform(left=hadamard(n1, generator).to(device), right=hadamard(n2, generator).to(device))
