@@ -134,7 +134,7 @@ def sensitivity(
         batch_size: As for ``build``.
         tokenizer: As for ``build``.
         seq_len: As for ``build``.
-        samples: Samples of the calibration data that errors are measured on, about; whole feeds are taken.
+        samples: Samples of the calibration data that errors are measured on.
         estimate: Measure gains alone, one run a group instead of one for each scheme; errors are then first-order estimates.
         keep_work: Leave statistics and solutions in ``out``, so that builds that take the folder need not compute them again; large.
         device: ``cpu`` or ``cuda``: where transforms are trained.
@@ -279,11 +279,20 @@ def _solve_schemes(
 
 
 def spread(data: Data, count: int) -> list[Feeds]:
-    """Feeds with about so many samples of the calibration data, evenly spread over it."""
-    length = data.calibration.length
-    count = min(math.ceil(count * length / data.calibration.samples), length)
-    wanted = {(2 * i + 1) * length // (2 * count) for i in range(count)}
-    return [feeds for index, feeds in enumerate(data.calibration) if index in wanted]
+    """So many samples of the calibration data, evenly spread over it; of batches the rows that are meant."""
+    total = data.calibration.samples
+    count = min(count, total)
+    wanted = [(2 * i + 1) * total // (2 * count) for i in range(count)]
+    found: list[Feeds] = []
+    first = 0
+    for feeds, size in zip(data.calibration, data.calibration.counts, strict=True):
+        rows = [sample - first for sample in wanted if first <= sample < first + size]
+        if len(rows) == size:
+            found.append(feeds)
+        elif rows:
+            found.append({name: array[rows] for name, array in feeds.items()})
+        first += size
+    return found
 
 
 def choose_for_build(

@@ -61,6 +61,7 @@ def test_two_parts_are_the_whole(sizes: list[int], data: st.DataObject) -> None:
     for part in parts:
         feeds = list(part)
         assert part.length == len(part) == len(feeds)
+        assert part.counts == [len(feed["x"]) for feed in feeds]
         assert part.samples == sum(len(feed["x"]) for feed in feeds)
         assert all(len(feed["m"]) == len(feed["x"]) for feed in feeds)
     assert parts[0].fingerprint != parts[1].fingerprint

@@ -16,7 +16,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from fqonnx import sensitivity as sensitivity_module
 from fqonnx.artifact import open_artifact
-from fqonnx.build import build
+from fqonnx.build import Data, build
+from fqonnx.calib.data.holdout import Part
 from fqonnx.errors import ArtifactError, DataError, UsageError
 from fqonnx.metrics import Divergence, LogitsDivergence
 from fqonnx.passes.linears import find_for
@@ -25,12 +26,13 @@ from fqonnx.passes.quantize import Quantize
 from fqonnx.recipe import ALLOCATIONS, SCHEMES, Recipe
 from fqonnx.report import load_report
 from fqonnx.report.mixed_html import render
-from fqonnx.sensitivity import MIX, Mix, load_sensitivity, sensitivity
+from fqonnx.sensitivity import MIX, Mix, load_sensitivity, sensitivity, spread
 from fqonnx.sensitivity_measure import Probe, RunningError
 from tests import rewriting, runtime, zoo
 from tests.cli_support import HIDDEN, K, one_line, run, write_data, write_language_model, write_mlp
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     import numpy.typing as npt
@@ -180,7 +182,21 @@ def test_every_group_is_measured_and_estimated_in_every_scheme(place: Path) -> N
 
 def test_samples_are_counted_whatever_the_batch(place: Path) -> None:
     data = {"calib_data": str(place / "d.npz"), "schemes": ("w8a8",), "estimate": True, "recipe": HADAMARD}
-    assert [sensitivity(place / "m.onnx", **data, samples=12, batch_size=size).samples for size in (1, 6, 200)] == [12, 12, 108]
+    assert [sensitivity(place / "m.onnx", **data, samples=12, batch_size=size).samples for size in (1, 6, 200)] == [12, 12, 12]
+
+
+def test_samples_are_spread_over_the_data_whatever_the_batches() -> None:
+    class Batches:
+        fingerprint, length = "", 3
+
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            for first, size in ((0, 6), (6, 1), (7, 5)):
+                yield {"x": np.arange(first, first + size)}
+
+    part = Part(Batches(), 0, 10, (6, 1, 5))
+    data = Data("", False, part, part, {}, (), 0)
+    assert [feeds["x"].tolist() for feeds in spread(data, 5)] == [[1, 3, 5], [7, 9]]
+    assert [feeds["x"].tolist() for feeds in spread(data, 99)] == [[0, 1, 2, 3, 4, 5], [6], [7, 8, 9]]
 
 
 def test_estimates_alone(place: Path) -> None:

@@ -61,6 +61,11 @@ class Part:
         return self.stop - self.start
 
     @property
+    def counts(self) -> list[int]:
+        """Samples of each feed."""
+        return [last - first for _, first, last in self._cuts() if first < last]
+
+    @property
     def fingerprint(self) -> str:
         """That of the source, and which part."""
         return f"{self.source.fingerprint}[{self.start}:{self.stop}]"
