@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 TRAINING = {
     "cpu": Training(tokens=1024, steps=220, rounding_steps=120, model_steps=60),
-    "cuda": Training(tokens=4096, steps=300, rounding_steps=150, weight_lr=3.6e-3, rounding_lr=2.4e-3, model_steps=200),
+    "cuda": Training(tokens=4096, steps=200, rounding_steps=100, weight_lr=3.6e-3, rounding_lr=2.4e-3, model_steps=200),
 }
 """By device: a GPU takes four times the tokens in little more than the time that it takes to launch a step."""
 
