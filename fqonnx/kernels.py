@@ -30,6 +30,12 @@ CONTAINERS = {"int8": 0, "packed": 1, "int32x8": 2}
 LAYOUTS = {"plain": 0, "k128": 1}
 """``fq_layout``: order of a weight's codes along K, see ``fqonnx.ops.layout``."""
 
+CACHES = {"float": 0, "int8": 1}
+"""``fq_cache``: keys and values of earlier tokens in the query's type, or int8 codes."""
+
+CACHE_SCALES = {"tensor": 0, "channel": 1}
+"""``fq_cache_scales``: what has a scale of its own."""
+
 OK, INVALID_ARGUMENT, UNSUPPORTED, CUDA_ERROR = range(4)
 """``fq_status``."""
 
@@ -117,6 +123,39 @@ class W4A4GemmParams(ctypes.Structure):
     )
 
 
+class DecodeAttentionParams(ctypes.Structure):
+    """``fq_decode_attention_params``."""
+
+    _fields_ = (
+        ("q", ctypes.c_void_p),
+        ("k", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("past", ctypes.c_void_p),
+        ("key", ctypes.c_void_p),
+        ("value", ctypes.c_void_p),
+        ("key_scale", ctypes.c_void_p),
+        ("value_scale", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("capacity", ctypes.c_int64),
+        ("positions", ctypes.c_int64),
+        ("longest", ctypes.c_int64),
+        ("q_stride", ctypes.c_int64),
+        ("k_stride", ctypes.c_int64),
+        ("v_stride", ctypes.c_int64),
+        ("heads", ctypes.c_int32),
+        ("kv_heads", ctypes.c_int32),
+        ("head", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+        ("cache", ctypes.c_int32),
+        ("scales", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("variant", ctypes.c_int32),
+    )
+
+
 class Kernel(ctypes.Structure):
     """``fq_kernel``."""
 
@@ -140,6 +179,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "fq_silu_mul_flat_quantize": (ctypes.c_int, (_POINTER(FlatQuantizeParams), _POINTER(SiluMulParams), ctypes.c_void_p)),
     "fq_dequantize": (ctypes.c_int, (_POINTER(DequantizeParams), ctypes.c_void_p)),
     "fq_w4a4_gemm": (ctypes.c_int, (_POINTER(W4A4GemmParams), ctypes.c_void_p)),
+    "fq_decode_attention": (ctypes.c_int, (_POINTER(DecodeAttentionParams), ctypes.c_void_p)),
     "fq_w4a4_gemm_tactics": (ctypes.c_int32, (_POINTER(W4A4GemmParams),)),
     "fq_last_error": (ctypes.c_char_p, ()),
     "fq_kernel_count": (ctypes.c_int32, ()),
@@ -456,6 +496,80 @@ def gemm_tactics(
     if not count:
         raise EngineError(f"fq_w4a4_gemm_tactics: {library().fq_last_error().decode()}")
     return count
+
+
+def decode_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    past: torch.Tensor,
+    *,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    scale: float | None = None,
+    longest: int | None = None,
+    kernel: str | None = None,
+) -> torch.Tensor:
+    """One token of each sequence attends to those before it and to itself; its key and value are written into the cache.
+
+    That is com.microsoft.GroupQueryAttention with ``sequence_length`` 1 and a cache that stays where it is. Sums are in fp32; the new key
+    and value are rounded to what the cache holds before they are used.
+
+    Args:
+        q: ``[batch, heads * head]`` fp16 or bf16 on a CUDA device; rows contiguous, with any one stride: q, k and v may be parts of one
+            product's output.
+        k: ``[batch, kv_heads * head]`` likewise.
+        v: ``[batch, kv_heads * head]`` likewise.
+        key: ``[batch, kv_heads, capacity, head]`` of q's dtype, or int8 where q is fp16; contiguous; ``key[b, :, past[b]]`` is written.
+            head is 64 or 128.
+        value: Likewise.
+        past: int32 ``[batch]``: tokens that the cache holds. A sequence whose cache is full gets NaN.
+        rotary: Cosines and sines ``[positions, head / 2]`` of q's dtype, for the rotary embedding (arXiv 2104.09864) that pairs element i
+            with i + head / 2; None is none.
+        scales: Of an int8 cache: fp32 scales of keys and of values, one each or ``[kv_heads, head]``; a value is ``code * scale``, and
+            codes are ``clamp(round_half_even(x / scale), -128, 127)``.
+        scale: Of scores; None is ``head ** -0.5``.
+        longest: Largest ``past + 1`` expected, by which work is shared out; None is the capacity.
+        kernel: Name of a kernel of ``fqonnx.ops.kernels.KERNELS``; None is the table's choice.
+
+    Returns:
+        ``[batch, heads * head]`` of q's dtype.
+
+    Raises:
+        UsageError: An argument that does not fit; the message names it.
+        EngineError: No kernel takes this, or there is no library.
+    """
+    import torch
+
+    number = _dtype(q.dtype, "q")
+    strides = [_rows(x, name)[1] for x, name in ((q, "q"), (k, "k"), (v, "v"))]
+    if q.dim() != 2 or key.dim() != 4 or not key.shape[3] or q.shape[1] % key.shape[3]:
+        raise UsageError(f"q {list(q.shape)} and key {list(key.shape)} are not [batch, heads * head] and [batch, kv_heads, capacity, head]")
+    batch, (kv_heads, capacity, head) = len(q), key.shape[1:]
+    for x, name in ((k, "k"), (v, "v")):
+        _require(x, name, like=q, shape=(batch, kv_heads * head), dtype=q.dtype, contiguous=False)
+    for x, name in ((key, "key"), (value, "value")):
+        _require(x, name, like=q, shape=(batch, kv_heads, capacity, head), dtype=q.dtype if scales is None else torch.int8)
+    a_channel = scales is not None and scales[0].numel() > 1
+    for x, name in zip(scales or (), ("scale of keys", "scale of values"), strict=False):
+        _require(x, name, like=q, shape=(kv_heads, head) if a_channel else tuple(x.shape) if x.numel() == 1 else (), dtype=torch.float32)
+    key_scale, value_scale = scales or (None, None)
+    _require(past, "past", like=q, shape=(batch,), dtype=torch.int32)
+    positions = 0
+    for x, name in zip(rotary or (), ("cosines", "sines"), strict=False):
+        positions = len(x) if x.dim() else 0
+        _require(x, name, like=q, shape=(positions, head // 2), dtype=q.dtype)
+    cos, sin = rotary or (None, None)
+    y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    params = DecodeAttentionParams(
+        *map(_address, (q, k, v, cos, sin, past, key, value, key_scale, value_scale, y)),
+        batch, capacity, positions, capacity if longest is None else longest, *strides, q.shape[1] // head, kv_heads, head, number,
+        CACHES["float" if scales is None else "int8"], CACHE_SCALES["channel" if a_channel else "tensor"], head**-0.5 if scale is None else scale, variant_of("GroupQueryAttention", kernel),
+    )  # fmt: skip
+    _enqueue(q, "fq_decode_attention", params)
+    return y
 
 
 def flatquant_dynamic_quantize(

@@ -35,6 +35,7 @@ STRUCTURES = {
     "fq_silu_mul_params": kernels.SiluMulParams,
     "fq_dequantize_params": kernels.DequantizeParams,
     "fq_w4a4_gemm_params": kernels.W4A4GemmParams,
+    "fq_decode_attention_params": kernels.DecodeAttentionParams,
     "fq_kernel": kernels.Kernel,
 }
 
@@ -100,6 +101,8 @@ def test_constants_are_the_headers() -> None:
     names = {"float32": "FQ_FLOAT", "float16": "FQ_FLOAT16", "bfloat16": "FQ_BFLOAT16"}
     assert {name: values.pop(constant) for name, constant in names.items()} == kernels.DTYPES
     assert {name: values.pop(f"FQ_{name.upper()}") for name in kernels.CONTAINERS} == kernels.CONTAINERS
+    assert {name: values.pop(f"FQ_CACHE_{name.upper()}") for name in kernels.CACHES} == kernels.CACHES
+    assert {name: values.pop(f"FQ_SCALE_A_{name.upper()}") for name in kernels.CACHE_SCALES} == kernels.CACHE_SCALES
     assert {name: values.pop(f"FQ_{name.upper()}") for name in LAYOUTS} == kernels.LAYOUTS
     assert not values
 
@@ -212,6 +215,13 @@ def w4a4_gemm(**changes: Any) -> kernels.W4A4GemmParams:
 def dequantize(**changes: Any) -> kernels.DequantizeParams:
     good: dict[str, Any] = {"q": ALIGNED, "scale": ALIGNED, "y": ALIGNED, "rows": 3, "k": 64, "container": 0, "dtype": 10}
     return kernels.DequantizeParams(**{**good, **changes})
+
+
+def decode_attention(**changes: Any) -> kernels.DecodeAttentionParams:
+    good: dict[str, Any] = dict.fromkeys(("q", "k", "v", "cos", "sin", "past", "key", "value", "y"), ALIGNED)
+    good |= {"batch": 2, "capacity": 32, "positions": 64, "longest": 8, "q_stride": 512, "k_stride": 512, "v_stride": 512}
+    good |= {"heads": 4, "kv_heads": 2, "head": 64, "dtype": 10, "scale": 0.125}
+    return kernels.DecodeAttentionParams(**{**good, **changes})
 
 
 def rms_norm(**changes: Any) -> kernels.RmsNormParams:
@@ -362,7 +372,7 @@ GEMM_ERRORS = [
     ({"layout": 1, "k": 192}, "k is 192: layout 1 (k128) orders blocks of 128"),
     ({"variant": -2}, "variant is -2, not 0 to"),
     ({"variant": 1 + len(table.KERNELS)}, f"variant is {1 + len(table.KERNELS)}, not 0 to {len(table.KERNELS)}"),
-    ({"variant": len(table.KERNELS)}, "FlatQuantize mma_f16 and no W4A4Gemm kernel"),
+    ({"variant": len(table.KERNELS)}, "GroupQueryAttention decode and no W4A4Gemm kernel"),
     ({"tactic": -1}, "tactic is -1, not 0 or the number of a tile"),
 ]
 
@@ -375,7 +385,42 @@ def test_w4a4_gemm_refuses(changes: dict[str, Any], said: str) -> None:
     assert said in library.fq_last_error().decode()
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        *(({name: NULL}, f"{name} is null") for name in ("q", "k", "v", "past", "key", "value", "y")),
+        *(
+            ({name: ALIGNED + 8}, f"{name} is 0x100008, which is not aligned to 16 bytes")
+            for name in ("q", "k", "v", "key", "value", "cos", "y")
+        ),
+        ({"past": ALIGNED + 2}, "past is 0x100002, which is not aligned to 4 bytes"),
+        ({"cos": NULL}, "cos is null and sin is not"),
+        ({"sin": NULL}, "sin is null and cos is not"),
+        ({"batch": -1}, "batch is -1, not 0 to"),
+        ({"heads": 0}, "heads is 0, not 1 to"),
+        ({"kv_heads": 3}, "heads is 4, not a multiple of kv_heads, 3"),
+        ({"head": 0}, "head is 0, not 1 to"),
+        ({"capacity": 0}, "capacity is 0, not 1 to"),
+        ({"positions": 0}, "positions is 0, not 1 to"),
+        ({"q_stride": 255}, "q_stride is 255, not 256 to"),
+        ({"k_stride": 132}, "k_stride is 132 elements of 2 bytes: rows are then not aligned to 16 bytes"),
+        ({"v_stride": 127}, "v_stride is 127, not 128 to"),
+        ({"dtype": 3}, "dtype is 3, not 1 (float)"),
+        ({"scale": math.nan}, "scale is nan, not a finite number"),
+        ({"cache": 2}, "cache is 2, not 0 to 1"),
+        ({"scales": 2}, "scales is 2, not 0 to 1"),
+        ({"cache": 1, "value_scale": ALIGNED}, "key_scale is null, and cache is 1"),
+        ({"key_scale": ALIGNED}, "key_scale is given, and cache is 0"),
+        ({"variant": 1}, "variant is 1, which is W4A4Gemm wgmma_s8 and no GroupQueryAttention kernel"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_decode_attention_refuses(changes: dict[str, Any], said: str) -> None:
+    assert said in refused("fq_decode_attention", decode_attention(**changes))
+
+
 def test_null_structures_are_refused() -> None:
+    assert refused("fq_decode_attention", None) == "params is null"
     assert refused("fq_flat_quantize", None) == "params is null"
     assert refused("fq_rms_norm_flat_quantize", None, rms_norm()) == "params is null"
     assert refused("fq_rms_norm_flat_quantize", flat_quantize(), None) == "norm is null"
@@ -394,6 +439,7 @@ def test_empty_problems_are_fine_without_a_device() -> None:
     kernels.call("fq_silu_mul_flat_quantize", empty, silu_mul(up=NULL))
     kernels.call("fq_dequantize", dequantize(rows=0, q=NULL, scale=NULL, y=NULL))
     kernels.call("fq_w4a4_gemm", w4a4_gemm(m=0, q=NULL, scale=NULL, y=NULL))
+    kernels.call("fq_decode_attention", decode_attention(batch=0, q=NULL, k=NULL, v=NULL, past=NULL, key=NULL, value=NULL, y=NULL))
 
 
 def test_an_empty_problem_is_checked_all_the_same() -> None:
@@ -409,6 +455,7 @@ def test_without_a_device_good_arguments_get_cudas_error() -> None:
         lambda: kernels.call("fq_rms_norm_flat_quantize", flat_quantize(), rms_norm()),
         lambda: kernels.call("fq_silu_mul_flat_quantize", flat_quantize(), silu_mul()),
         lambda: kernels.call("fq_w4a4_gemm", w4a4_gemm()),
+        lambda: kernels.call("fq_decode_attention", decode_attention()),
     ):
         with pytest.raises(EngineError, match=r"cudaGetDevice: .*\(cudaError\w+\)"):
             call()

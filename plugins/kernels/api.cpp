@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <utility>
 
 #include "kernel.h"
 
@@ -112,9 +113,13 @@ size_t size_of(int32_t dtype) { return dtype == FQ_FLOAT ? 4 : 2; }
 struct Implementation {
   const GemmKernel* gemm = nullptr;
   const QuantizeKernel* quantize = nullptr;
+  const AttentionKernel* attention = nullptr;
 
   constexpr Implementation(const GemmKernel* kernel) : gemm(kernel) {}
   constexpr Implementation(const QuantizeKernel* kernel) : quantize(kernel) {}
+  constexpr Implementation(const AttentionKernel* kernel) : attention(kernel) {}
+
+  bool is_here() const { return gemm != nullptr || quantize != nullptr || attention != nullptr; }
 };
 
 // What kernels.def says beyond fq_kernel.
@@ -192,7 +197,7 @@ bool admits(int index, const Operands& problem, const Device& device, bool by_na
   const Entry& entry = kEntries[index];
   const int lowest = by_name ? kernel.runs_on_lowest : kernel.lowest, highest = by_name ? kernel.runs_on_highest : kernel.highest;
   const int32_t container = problem.container == FQ_INT32X8 ? FQ_PACKED : problem.container;
-  if (entry.kernel.gemm == nullptr && entry.kernel.quantize == nullptr) {
+  if (!entry.kernel.is_here()) {
     reasons->add("is not in this library, which was built for other architectures");
   } else if (device.capability < lowest || device.capability > highest) {
     reasons->add("is for compute capability %d.%d to %d.%d, not %d.%d", lowest / 10, lowest % 10, highest / 10, highest % 10, device.capability / 10,
@@ -332,6 +337,48 @@ fq_status choose_gemm(const fq_w4a4_gemm_params& params, Device* device, int* ch
   return choose(problem, params.variant, *device, fits, chosen);
 }
 
+Arguments check_attention(const fq_decode_attention_params* params) {
+  Arguments arguments;
+  arguments.given("params", params);
+  if (!arguments.ok()) return arguments;
+  const fq_decode_attention_params& p = *params;
+  arguments.range("batch", p.batch, 0, kMaxSize);
+  arguments.range("heads", p.heads, 1, kMaxSize);
+  arguments.range("kv_heads", p.kv_heads, 1, kMaxSize);
+  arguments.require(p.kv_heads <= 0 || p.heads % p.kv_heads == 0, "heads is %d, not a multiple of kv_heads, %d", p.heads, p.kv_heads);
+  arguments.range("head", p.head, 1, kMaxSize);
+  arguments.range("capacity", p.capacity, 1, kMaxSize);
+  arguments.dtype("dtype", p.dtype);
+  const int64_t width = static_cast<int64_t>(p.heads) * p.head, kv_width = static_cast<int64_t>(p.kv_heads) * p.head;
+  arguments.stride("q_stride", p.q_stride, p.batch, width, size_of(p.dtype));
+  arguments.stride("k_stride", p.k_stride, p.batch, kv_width, size_of(p.dtype));
+  arguments.stride("v_stride", p.v_stride, p.batch, kv_width, size_of(p.dtype));
+  arguments.require((p.cos == nullptr) == (p.sin == nullptr), "%s is null and %s is not", p.cos == nullptr ? "cos" : "sin",
+                    p.cos == nullptr ? "sin" : "cos");
+  if (p.cos != nullptr) arguments.range("positions", p.positions, 1, kMaxSize);
+  arguments.require(std::isfinite(p.scale), "scale is %g, not a finite number", p.scale);
+  arguments.range("cache", p.cache, FQ_CACHE_FLOAT, FQ_CACHE_INT8);
+  arguments.range("scales", p.scales, FQ_SCALE_A_TENSOR, FQ_SCALE_A_CHANNEL);
+  for (const auto& [name, scale] : {std::pair{"key_scale", p.key_scale}, std::pair{"value_scale", p.value_scale}}) {
+    arguments.require((scale != nullptr) == (p.cache == FQ_CACHE_INT8), "%s is %s, and cache is %d", name, scale == nullptr ? "null" : "given", p.cache);
+    arguments.aligned(name, scale, sizeof(float));
+  }
+  check_variant(&arguments, p.variant, "GroupQueryAttention");
+  const struct {
+    const char* name;
+    const void* pointer;
+  } operands[] = {{"q", p.q}, {"k", p.k}, {"v", p.v}, {"key", p.key}, {"value", p.value}, {"y", p.y}};
+  for (const auto& operand : operands) {
+    if (p.batch > 0) arguments.given(operand.name, operand.pointer);
+    arguments.aligned(operand.name, operand.pointer, kVector);
+  }
+  if (p.batch > 0) arguments.given("past", p.past);
+  arguments.aligned("past", p.past, sizeof(int32_t));
+  arguments.aligned("cos", p.cos, kVector);
+  arguments.aligned("sin", p.sin, kVector);
+  return arguments;
+}
+
 const char* hint(cudaError_t error) {
   switch (error) {
     case cudaErrorNoKernelImageForDevice:
@@ -429,6 +476,18 @@ int32_t fq_w4a4_gemm_tactics(const fq_w4a4_gemm_params* params) {
   fq::Device device;
   int chosen = 0;
   return fq::choose_gemm(*params, &device, &chosen) == FQ_OK ? fq::kEntries[chosen].kernel.gemm->tactics : 0;
+}
+
+fq_status fq_decode_attention(const fq_decode_attention_params* params, fq_stream stream) {
+  const Arguments arguments = fq::check_attention(params);
+  if (!arguments.ok() || params->batch == 0) return arguments.status();
+  fq::Device device;
+  if (const fq_status status = fq::current_device(&device); status != FQ_OK) return status;
+  const fq::Operands problem = {"GroupQueryAttention", fq::FQ_ANY, fq::FQ_ANY, params->head, 0, 0};
+  const auto fits = [&](const fq::Implementation& kernel) { return kernel.attention->fits(*params, device); };
+  int chosen = 0;
+  if (const fq_status status = fq::choose(problem, params->variant, device, fits, &chosen); status != FQ_OK) return status;
+  return fq::kEntries[chosen].kernel.attention->launch(*params, device, stream);
 }
 
 const char* fq_last_error(void) { return fq::last_error; }

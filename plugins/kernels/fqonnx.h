@@ -132,12 +132,55 @@ FQ_API fq_status fq_w4a4_gemm(const fq_w4a4_gemm_params* params, fq_stream strea
 /* How many tactics the kernel that this problem gets on the current device offers; 0 where none takes it (fq_last_error says why). */
 FQ_API int32_t fq_w4a4_gemm_tactics(const fq_w4a4_gemm_params* params);
 
+/* How keys and values of earlier tokens are stored: as they are, or as int8 codes that a scale multiplies (ONNX Runtime's
+ * kv_cache_bit_width 8): code = clamp(round_half_even(x / scale), -128, 127). */
+typedef enum fq_cache { FQ_CACHE_FLOAT = 0, FQ_CACHE_INT8 = 1 } fq_cache;
+
+/* Scales of an int8 cache: one fp32 for all of the keys (and one for all of the values), or [kv_heads, head] of them. */
+typedef enum fq_cache_scales { FQ_SCALE_A_TENSOR = 0, FQ_SCALE_A_CHANNEL = 1 } fq_cache_scales;
+
+/* One token of each sequence attends to those before it and to itself: the step of com.microsoft.GroupQueryAttention (opset 1) with
+ * sequence_length 1, causal, whose cache stays where it is.
+ *
+ *   key[b, :, past[b], :] = rotary(k[b]);  value[b, :, past[b], :] = v[b];
+ *   y[b, h] = softmax(scale * rotary(q[b, h]) . key[b, g, :past[b] + 1]^T) . value[b, g, :past[b] + 1],  g = h / (heads / kv_heads);
+ *
+ * rotary pairs element i with i + head / 2 (arXiv 2104.09864; rotary_interleaved 0) at position past[b]. The new key and
+ * value are rounded to what the cache holds before they are used. A sequence with past[b] below 0, or not below capacity (and positions, with a rotary
+ * embedding), gets NaN in y, and its cache stays as it is. Products of 16-bit operands with fp32 sums; weights are rounded to dtype. */
+typedef struct fq_decode_attention_params {
+  const void* q;        /* [batch, heads, head] of dtype; sequence b begins at q + b * q_stride elements; rows are 16-byte aligned */
+  const void* k;        /* [batch, kv_heads, head] likewise: q, k and v may be parts of one product's output */
+  const void* v;
+  const void* cos;      /* [positions, head / 2] of dtype, 16-byte aligned; NULL, and sin too: no rotary embedding */
+  const void* sin;
+  const int32_t* past;  /* [batch]: tokens in the cache (GroupQueryAttention's seqlens_k) */
+  void* key;            /* [batch, kv_heads, capacity, head] of dtype or int8, as `cache` says; 16-byte aligned */
+  void* value;
+  const float* key_scale;   /* of an int8 cache, as `scales` says; positive. Else NULL */
+  const float* value_scale;
+  void* y;              /* [batch, heads, head] of dtype */
+  int64_t batch;        /* 0 is allowed: nothing to do */
+  int64_t capacity, positions;
+  int64_t longest;      /* largest past[b] + 1 that is expected: how work is shared out, not what comes of it */
+  int64_t q_stride, k_stride, v_stride;
+  int32_t heads, kv_heads; /* kv_heads divides heads */
+  int32_t head;
+  int32_t dtype;        /* fq_dtype */
+  int32_t cache;        /* fq_cache */
+  int32_t scales;       /* fq_cache_scales; FQ_SCALE_A_TENSOR where there are none */
+  float scale;
+  int32_t variant;      /* 0: the table's choice; else 1 + index of an entry of fq_kernels that takes this problem */
+} fq_decode_attention_params;
+
+FQ_API fq_status fq_decode_attention(const fq_decode_attention_params* params, fq_stream stream);
+
 /* The message of this thread's last failed call; never NULL. */
 FQ_API const char* fq_last_error(void);
 
 /* The table of kernels (kernels.def). */
 typedef struct fq_kernel {
-  const char* op;          /* "FlatQuantize" or "W4A4Gemm" */
+  const char* op;          /* "FlatQuantize", "W4A4Gemm" or "GroupQueryAttention" */
   const char* name;        /* such as "wgmma_s8" */
   const char* instruction; /* of its inner loop */
   int32_t container;       /* fq_container, or -1: any */

@@ -1,4 +1,4 @@
-// What api.cpp and the kernels' files share. A kernel is one .cu file with one object of type GemmKernel or QuantizeKernel, and one line in kernels.def.
+// What api.cpp and the kernels' files share. A kernel is one .cu file with one object of type GemmKernel, QuantizeKernel or AttentionKernel, and one line in kernels.def.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -41,11 +41,17 @@ struct QuantizeKernel {
   fq_status (*launch)(const fq_flat_quantize_params&, const Prologue&, const Device&, cudaStream_t);
 };
 
+struct AttentionKernel {
+  const char* (*fits)(const fq_decode_attention_params&, const Device&);
+  fq_status (*launch)(const fq_decode_attention_params&, const Device&, cudaStream_t);
+};
+
 extern const GemmKernel W4A4Gemm_wgmma_s8;
 extern const GemmKernel W4A4Gemm_mma_s4;
 extern const GemmKernel W4A4Gemm_mma_s8;
 extern const QuantizeKernel FlatQuantize_wgmma_f16;
 extern const QuantizeKernel FlatQuantize_mma_f16;
+extern const AttentionKernel GroupQueryAttention_decode;
 
 fq_status launch_dequantize(const fq_dequantize_params& params, cudaStream_t stream);  // rows > 0
 

@@ -7,6 +7,7 @@
 #include <cuda_runtime_api.h>
 #include <onnxruntime_c_api.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -136,12 +137,16 @@ class Call {
     return data_of<T>(api_, input(index));
   }
 
+  OrtValue* output(size_t index, const Shape& shape) const {
+    OrtValue* value = nullptr;
+    check(api_, api_.KernelContext_GetOutput(context_, index, shape.data(), shape.size(), &value));
+    return value;
+  }
+
   template <class T>
   T* output(size_t index, const Shape& shape) const {
-    OrtValue* value = nullptr;
     void* data = nullptr;
-    check(api_, api_.KernelContext_GetOutput(context_, index, shape.data(), shape.size(), &value));
-    check(api_, api_.GetTensorMutableData(value, &data));
+    check(api_, api_.GetTensorMutableData(output(index, shape), &data));
     return static_cast<T*>(data);
   }
 
@@ -635,6 +640,206 @@ class W4A4Gemm {
   std::optional<Weight> weight_;
 };
 
+// --- GroupQueryAttention --------------------------------------------------------------------------------------------------------------
+
+// An operator of ONNX Runtime's own, called from within a custom one.
+class NativeOp {
+ public:
+  using Attributes = std::vector<std::unique_ptr<OrtOpAttr, void (*)(OrtOpAttr*)>>;
+
+  NativeOp(const OrtApi& api, const OrtKernelInfo* info, const char* name, std::vector<const char*> type_names,
+           const std::vector<ONNXTensorElementDataType>& types, const Attributes& attributes, int inputs, int outputs)
+      : api_(api) {
+    std::vector<const OrtOpAttr*> plain;
+    for (const auto& attribute : attributes) plain.push_back(attribute.get());
+    check(api, api.CreateOp(info, name, "com.microsoft", 1, type_names.data(), types.data(), static_cast<int>(types.size()), plain.data(),
+                            static_cast<int>(plain.size()), inputs, outputs, &op_));
+  }
+  NativeOp(const NativeOp&) = delete;
+  NativeOp& operator=(const NativeOp&) = delete;
+  ~NativeOp() { api_.ReleaseOp(op_); }
+
+  void run(const Call& call, const std::vector<const OrtValue*>& inputs, const std::vector<OrtValue*>& outputs) const {
+    check(api_, api_.InvokeOp(call.context(), op_, inputs.data(), static_cast<int>(inputs.size()), outputs.data(), static_cast<int>(outputs.size())));
+  }
+
+  static void add(const OrtApi& api, Attributes* attributes, const char* name, int64_t value) {
+    add(api, attributes, name, &value, ORT_OP_ATTR_INT);
+  }
+  static void add(const OrtApi& api, Attributes* attributes, const char* name, float value) {
+    add(api, attributes, name, &value, ORT_OP_ATTR_FLOAT);
+  }
+  static void add(const OrtApi& api, Attributes* attributes, const char* name, const std::string& value) {
+    add(api, attributes, name, value.c_str(), ORT_OP_ATTR_STRING, static_cast<int>(value.size()));
+  }
+
+ private:
+  static void add(const OrtApi& api, Attributes* attributes, const char* name, const void* value, OrtOpAttrType type, int length = 1) {
+    OrtOpAttr* attribute = nullptr;
+    check(api, api.CreateOpAttr(name, value, length, type, &attribute));
+    attributes->emplace_back(attribute, api.ReleaseOpAttr);
+  }
+
+  const OrtApi& api_;
+  OrtOp* op_ = nullptr;
+};
+
+enum GroupQueryAttentionInput : size_t {
+  kQuery,
+  kKey,
+  kValue,
+  kPastKey,
+  kPastValue,
+  kSequenceLengths,
+  kTotalLength,
+  kCos,
+  kSin,
+  kKeyScale,
+  kValueScale,
+  kGroupQueryAttentionInputs
+};
+enum GroupQueryAttentionOutput : size_t { kAttended, kPresentKey, kPresentValue };
+
+// com.microsoft.GroupQueryAttention whose steps of one token are a kernel's of this library; prompts are ONNX Runtime's own, and steps that the
+// kernel is not made for. Keys and values are stored as Stored: in the type of the query, or int8.
+template <typename Stored>
+class GroupQueryAttention {
+ public:
+  static constexpr const char* kName = "GroupQueryAttention";
+  static constexpr bool kInt8 = sizeof(Stored) == 1;
+
+  GroupQueryAttention(const OrtApi& api, const OrtKernelInfo* info, int32_t dtype) : api_(api), dtype_(dtype) {
+    const Node node(api, info);
+    node.require_version();
+    heads_ = node.integer("num_heads", 0);
+    kv_heads_ = node.integer("kv_num_heads", 0);
+    if (heads_ < 1 || kv_heads_ < 1 || heads_ % kv_heads_ != 0) {
+      throw Failure("GroupQueryAttention: attributes num_heads and kv_num_heads are " + std::to_string(heads_) + " and " + std::to_string(kv_heads_));
+    }
+    scale_ = node.number("scale", 0.0f);
+    rotary_ = node.flag("do_rotary");
+    interleaved_ = node.flag("rotary_interleaved");
+    NativeOp::Attributes attributes;
+    NativeOp::add(api, &attributes, "num_heads", heads_);
+    NativeOp::add(api, &attributes, "kv_num_heads", kv_heads_);
+    NativeOp::add(api, &attributes, "scale", scale_);
+    NativeOp::add(api, &attributes, "do_rotary", int64_t{rotary_});
+    NativeOp::add(api, &attributes, "rotary_interleaved", int64_t{interleaved_});
+    const std::string scales = node.string("k_quant_type", "NONE");
+    const bool known = kInt8 ? scales == "PER_TENSOR" || scales == "PER_CHANNEL" : scales == "NONE";
+    if (!known || node.string("v_quant_type", "NONE") != scales || node.integer("kv_cache_bit_width", 0) != (kInt8 ? 8 : 0)) {
+      throw Failure("GroupQueryAttention: attributes k_quant_type, v_quant_type and kv_cache_bit_width do not say how the cache is stored: "
+                    "int8 is PER_TENSOR or PER_CHANNEL, both alike, and 8");
+    }
+    scale_a_channel_ = scales == "PER_CHANNEL";
+    if (kInt8) {
+      NativeOp::add(api, &attributes, "k_quant_type", scales);
+      NativeOp::add(api, &attributes, "v_quant_type", scales);
+      NativeOp::add(api, &attributes, "kv_cache_bit_width", int64_t{8});
+    }
+    const auto type = element_type(dtype);
+    native_ = std::make_unique<NativeOp>(
+        api, info, kName, std::vector<const char*>{"T", "T_CACHE", "T_KV_SCALE", "M"},
+        std::vector<ONNXTensorElementDataType>{type, kInt8 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 : type, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
+                                               ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32},
+        attributes, kInt8 ? kNativeScale + 2 : kNativeScale, 3);
+  }
+
+  void compute(OrtKernelContext* context) const {
+    const Call call(api_, context);
+    std::vector<const OrtValue*> inputs;
+    for (size_t i = 0; i < (kInt8 ? kGroupQueryAttentionInputs : kKeyScale); ++i) inputs.push_back(call.input(i));
+    const Shape query = shape_of(api_, inputs[kQuery]), past = shape_of(api_, inputs[kPastKey]);
+    const bool packed = inputs[kKey] == nullptr;
+    require(query.size() == 3 && past.size() == 4 && past == shape_of(api_, inputs[kPastValue]) && past[1] == kv_heads_ && past[0] == query[0] &&
+                packed == (inputs[kValue] == nullptr),
+            "GroupQueryAttention: query [batch, tokens, width] and past_key and past_value [batch, kv_num_heads, tokens, head] do not fit");
+    const int64_t head = past[3], width = heads_ * head;
+    require(query[2] == (packed ? width + 2 * kv_heads_ * head : width), "GroupQueryAttention: query is not as wide as its heads");
+    const int64_t total = *call.data<int32_t>(kTotalLength);  // in host memory
+    Shape present = past;
+    present[2] = std::max(total, past[2]);
+    const std::vector<OrtValue*> outputs = {call.output(kAttended, {query[0], query[1], width}), call.output(kPresentKey, present),
+                                            call.output(kPresentValue, present)};
+    if (!is_step(query, head, inputs)) {
+      inputs.insert(inputs.begin() + kKeyScale, kNativeScale - kKeyScale, nullptr);  // of position_ids, attention_bias and head_sink
+      return native_->run(call, inputs, outputs);
+    }
+
+    fq_decode_attention_params params{};
+    const size_t element = sizeof(uint16_t);
+    const char* const q = data_of<char>(api_, inputs[kQuery]);
+    params.q = q;
+    params.k = packed ? q + width * element : data_of<char>(api_, inputs[kKey]);
+    params.v = packed ? q + (width + kv_heads_ * head) * element : data_of<char>(api_, inputs[kValue]);
+    params.q_stride = query[2];
+    params.k_stride = params.v_stride = packed ? query[2] : kv_heads_ * head;
+    if (rotary_) {
+      params.cos = data_of<char>(api_, inputs[kCos]);
+      params.sin = data_of<char>(api_, inputs[kSin]);
+      params.positions = shape_of(api_, inputs[kCos])[0];
+    }
+    params.past = data_of<int32_t>(api_, inputs[kSequenceLengths]);
+    params.key = cache(call, inputs[kPastKey], past, outputs[kPresentKey], present);
+    params.value = cache(call, inputs[kPastValue], past, outputs[kPresentValue], present);
+    params.y = const_cast<char*>(data_of<char>(api_, outputs[kAttended]));
+    if (kInt8) {
+      const int64_t scales = scale_a_channel_ ? kv_heads_ * head : 1;
+      for (const size_t index : {kKeyScale, kValueScale}) {
+        const Shape shape = inputs[index] == nullptr ? Shape{0} : shape_of(api_, inputs[index]);
+        if (product(shape, shape.size()) != scales) {
+          throw Failure("GroupQueryAttention: k_scale and v_scale have " + std::to_string(scales) + " values, not " + text(shape));
+        }
+      }
+      params.cache = FQ_CACHE_INT8;
+      params.scales = scale_a_channel_ ? FQ_SCALE_A_CHANNEL : FQ_SCALE_A_TENSOR;
+      params.key_scale = data_of<float>(api_, inputs[kKeyScale]);
+      params.value_scale = data_of<float>(api_, inputs[kValueScale]);
+    }
+    params.batch = query[0];
+    params.capacity = present[2];
+    params.longest = total;
+    params.heads = static_cast<int32_t>(heads_);
+    params.kv_heads = static_cast<int32_t>(kv_heads_);
+    params.head = static_cast<int32_t>(head);
+    params.dtype = dtype_;
+    params.scale = scale_ != 0.0f ? scale_ : 1.0f / std::sqrt(static_cast<float>(head));
+    check(fq_decode_attention(&params, call.stream()), kName);
+  }
+
+ private:
+  // Whether fq_decode_attention takes it.
+  bool is_step(const Shape& query, int64_t head, const std::vector<const OrtValue*>& inputs) const {
+    if (query[1] != 1 || (head != 64 && head != 128)) return false;
+    if (!rotary_) return true;
+    if (interleaved_ || inputs[kCos] == nullptr || inputs[kSin] == nullptr) return false;
+    const Shape cos = shape_of(api_, inputs[kCos]);
+    return cos.size() == 2 && cos[1] == head / 2 && cos == shape_of(api_, inputs[kSin]);
+  }
+
+  // The cache that the step writes to: `present`, with what was in `past`, where the two are not the same memory.
+  void* cache(const Call& call, const OrtValue* past, const Shape& past_shape, const OrtValue* present, const Shape& present_shape) const {
+    const char* const from = data_of<char>(api_, past);
+    char* const to = const_cast<char*>(data_of<char>(api_, present));
+    const size_t row = past_shape[3] * sizeof(Stored), past_bytes = past_shape[2] * row;
+    if (from != to && past_bytes > 0) {
+      check(cudaMemcpy2DAsync(to, present_shape[2] * row, from, past_bytes, past_bytes, product(past_shape, 2), cudaMemcpyDeviceToDevice,
+                              call.stream()),
+            "copying the cache");
+    }
+    return to;
+  }
+
+  static constexpr int kNativeScale = 12;  // its input k_scale; v_scale follows
+
+  const OrtApi& api_;
+  int32_t dtype_;
+  int64_t heads_, kv_heads_;
+  float scale_;
+  bool rotary_, interleaved_, scale_a_channel_;
+  std::unique_ptr<NativeOp> native_;
+};
+
 // --- shapes and types, when a model is loaded -----------------------------------------------------------------------------------------
 
 struct Dim {
@@ -747,6 +952,18 @@ void infer_w4a4_gemm(const Inference& inference) {
   inference.output(0, dims, element_type(inference.integer("dtype", FQ_FLOAT)));
 }
 
+void infer_group_query_attention(const Inference& inference) {
+  std::vector<Dim> attended = inference.input(kQuery), present = inference.input(kPastKey);
+  if (attended.size() != 3 || present.size() != 4) return;
+  const ONNXTensorElementDataType type = inference.input_type(kQuery), stored = inference.input_type(kPastKey);
+  const int64_t heads = inference.integer("num_heads", 0), head = present[3].value;
+  attended[2] = head >= 0 ? Dim{heads * head, ""} : unknown_dim();
+  present[2] = unknown_dim();
+  inference.output(kAttended, attended, type);
+  inference.output(kPresentKey, present, stored);
+  inference.output(kPresentValue, present, stored);
+}
+
 // --- registration ---------------------------------------------------------------------------------------------------------------------
 
 using Types = std::vector<ONNXTensorElementDataType>;
@@ -758,6 +975,7 @@ struct Op : OrtCustomOp {
   int32_t dtype;  // of the first input, by which all but W4A4Gemm have several
   Types inputs, outputs;
   void (*infer)(const Inference&);
+  uint32_t optional_inputs = 0, host_inputs = 0;  // a bit for each that may be left out, that is read in host memory
 };
 
 const Op& self(const OrtCustomOp* op) { return *static_cast<const Op*>(op); }
@@ -786,9 +1004,13 @@ std::unique_ptr<Op> signature(const OrtApi& api, const char* name, int32_t dtype
   op->GetInputType = [](const OrtCustomOp* op, size_t index) { return self(op).inputs[index]; };
   op->GetOutputTypeCount = [](const OrtCustomOp* op) { return self(op).outputs.size(); };
   op->GetOutputType = [](const OrtCustomOp* op, size_t index) { return self(op).outputs[index]; };
-  op->GetInputCharacteristic = [](const OrtCustomOp*, size_t) { return INPUT_OUTPUT_REQUIRED; };
+  op->GetInputCharacteristic = [](const OrtCustomOp* op, size_t index) {
+    return self(op).optional_inputs >> index & 1 ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
+  };
   op->GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return INPUT_OUTPUT_REQUIRED; };
-  op->GetInputMemoryType = [](const OrtCustomOp*, size_t) { return OrtMemTypeDefault; };
+  op->GetInputMemoryType = [](const OrtCustomOp* op, size_t index) {
+    return self(op).host_inputs >> index & 1 ? OrtMemTypeCPUInput : OrtMemTypeDefault;
+  };
   op->CreateKernelV2 = [](const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
     return guarded(*api, [&] { *kernel = new Instance<Kernel>{*api, Kernel(*api, info, self(op).dtype)}; });
   };
@@ -819,8 +1041,33 @@ struct Registration {
       add(api, signature<RmsNormFlatQuantize<true>>(api, RmsNormFlatQuantize<true>::kName, dtype, {x, x, x, kFloat, kFloat, kFloat},
                                                     {kInt8, kFloat, x}, infer_add_rms_norm_flat_quantize));
     }
+    add_attention<uint16_t>(api, FQ_FLOAT16, element_type(FQ_FLOAT16));
+    add_attention<uint16_t>(api, FQ_BFLOAT16, element_type(FQ_BFLOAT16));
+    add_attention<int8_t>(api, FQ_FLOAT16, kInt8);
     // Signatures that differ in the output alone would be told apart by their order: the first one's type would be inferred for all.
     add(api, signature<W4A4Gemm>(api, "W4A4Gemm", 0, {kInt8, kFloat, kInt4, kFloat, kFloat}, {kByAttribute}, infer_w4a4_gemm));
+  }
+
+  template <typename Stored>
+  void add_attention(const OrtApi& api, int32_t dtype, ONNXTensorElementDataType stored) {
+    constexpr auto kInt32 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32, kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    const auto x = element_type(dtype);
+    using Kernel = GroupQueryAttention<Stored>;
+    auto op = signature<Kernel>(api, Kernel::kName, dtype, {x, x, x, stored, stored, kInt32, kInt32, x, x, kFloat, kFloat}, {x, stored, stored},
+                                infer_group_query_attention);
+    op->optional_inputs = 1 << kKey | 1 << kValue | 1 << kCos | 1 << kSin | 1 << kKeyScale | 1 << kValueScale;
+    op->host_inputs = 1 << kTotalLength;
+    // The caches stay where they are when ONNX Runtime is free to choose.
+    op->GetMayInplace = [](int** inputs, int** outputs) {
+      *inputs = new int[2]{kPastKey, kPastValue};
+      *outputs = new int[2]{kPresentKey, kPresentValue};
+      return size_t{2};
+    };
+    op->ReleaseMayInplace = [](int* inputs, int* outputs) {
+      delete[] inputs;
+      delete[] outputs;
+    };
+    add(api, std::move(op));
   }
 
   void add(const OrtApi& api, std::unique_ptr<Op> op) {
