@@ -566,7 +566,8 @@ def decode_attention(
     params = DecodeAttentionParams(
         *map(_address, (q, k, v, cos, sin, past, key, value, key_scale, value_scale, y)),
         batch, capacity, positions, capacity if longest is None else longest, *strides, q.shape[1] // head, kv_heads, head, number,
-        CACHES["float" if scales is None else "int8"], CACHE_SCALES["channel" if a_channel else "tensor"], head**-0.5 if scale is None else scale, variant_of("GroupQueryAttention", kernel),
+        CACHES["float" if scales is None else "int8"], CACHE_SCALES["channel" if a_channel else "tensor"],
+        head**-0.5 if scale is None else scale, variant_of("GroupQueryAttention", kernel),
     )  # fmt: skip
     _enqueue(q, "fq_decode_attention", params)
     return y
