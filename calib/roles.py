@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 _INTEGERS = frozenset(getattr(ir.DataType, name) for name in ("INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64"))
 
+_CODES: dict[ir.DataType | None, tuple[int, int]] = {ir.DataType.INT8: (-128, 128), ir.DataType.UINT8: (0, 256)}
+"""Keys and values that attention keeps as integers: the lowest, and one above the highest."""
+
 _MOVES: dict[str, tuple[int, ...] | None] = {
     **dict.fromkeys(
         ("Cast", "CastLike", "Clip", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Pad", "Reshape", "Slice"),
@@ -61,7 +64,7 @@ class InputRole:
 
     Attributes:
         kind: ``ids`` (rows of a table), ``positions``, ``segments`` (token types), ``mask`` (1 keeps, 0 drops),
-            ``additive_mask`` (0 keeps, large negative drops), ``past`` (keys and values of earlier tokens),
+            ``additive_mask`` (0 keeps, large negative drops), ``past`` (keys and values of earlier tokens, or codes of them),
             ``kv_lengths`` (last valid index of each sequence), ``kv_total`` (their maximum plus one), ``flag`` (a boolean),
             ``integers`` or ``floats`` (nothing more is known).
         low: Smallest integer that every lookup accepts.
@@ -149,6 +152,8 @@ def _role(value: ir.Value, found: _Evidence) -> InputRole:
     rank = None if value.shape is None else len(value.shape)
     if value.dtype == ir.DataType.BOOL:
         return InputRole("flag" if not rank else "mask")
+    if value.dtype in _CODES and "past" in found.slots:
+        return InputRole("past", *_CODES[value.dtype])
     if value.dtype in _INTEGERS:
         return _integer_role(name, found)
     if "past" in found.slots or (found.concatenated and rank is not None and rank >= 3 and ("past" in name or "cache" in name)):

@@ -233,7 +233,8 @@ def bench(
         require_same_interface(*sides.values())
     sets: list[Shapes] = list(shapes) or [{}]
     # The baseline knows best what its inputs are for: it has the operators that were exported.
-    feeds = [_feeds(next(iter(sides.values())).model, given, kv_cache, seed) for given in sets]
+    asked = [_feeds(next(iter(sides.values())).model, given, kv_cache, seed) for given in sets]
+    feeds = {role: [_typed(side, fed, seed) for fed in asked] for role, side in sides.items()}
     memory = Memory(device)
     if device == "cuda" and not (engine and baseline is None):
         _load_libraries(device)
@@ -247,14 +248,14 @@ def bench(
         notes.append(f"without CUDA graphs, which are refused for these models: {error}")
         captured = False
         runners = _load(sides, feeds, device, captured, kv_cache, engine, memory, progress)
-    results = _measure(runners, sets, feeds, (warm_up, duration, iterations), progress)
+    results = _measure(runners, sets, asked, (warm_up, duration, iterations), progress)
     models = {role: runner.result for role, runner in runners.items()}
     runners.clear()
     if profile:
-        with progress.task("Profiling", len(sides) * len(feeds)) as task:
-            for result, fed in zip(results, feeds, strict=True):
+        with progress.task("Profiling", len(sides) * len(sets)) as task:
+            for index, result in enumerate(results):
                 for role, side in sides.items():
-                    result.profile[role] = _profile(side, fed, device, kv_cache)
+                    result.profile[role] = _profile(side, feeds[role][index], device, kv_cache)
                     task.advance()
         if any(p.measured == "host" for result in results for p in result.profile.values()) and device == "cuda":
             notes.append("PyTorch sees no GPU here: an op's time in the profile is that of its launches, not of its kernels")
@@ -315,8 +316,36 @@ def _past(one_head: npt.NDArray[Any], heads: int, kv_cache: int | None) -> npt.N
     """Past keys or values of all heads, in a buffer of ``kv_cache`` tokens where given."""
     batch, _, tokens, size = one_head.shape
     shape = (batch, heads, tokens if kv_cache is None else kv_cache, size)
-    values = one_head if one_head.size else np.random.default_rng(0).standard_normal(1 << 16, np.float32).astype(one_head.dtype)
-    return np.resize(values, shape)
+    return np.resize(one_head if one_head.size else _some_past(one_head.dtype, 0), shape)
+
+
+def _some_past(dtype: np.dtype[Any], seed: int) -> npt.NDArray[Any]:
+    """Random keys and values, or codes of them: enough to be repeated."""
+    random = np.random.default_rng(seed)
+    if dtype.kind in "iu":
+        limits = np.iinfo(dtype)
+        return random.integers(limits.min, limits.max, 1 << 16, dtype, endpoint=True)
+    return random.standard_normal(1 << 16, np.float32).astype(dtype)
+
+
+def _typed(side: Side, fed: Feeds, seed: int) -> Feeds:
+    """The same inputs in the types that a model has for them: keys and values that it keeps as codes are random ones.
+
+    Raises:
+        UsageError: Any other input is of another type.
+    """
+    expected = {item.name: np.dtype(item.dtype) for item in side.inputs}
+    roles = input_roles(side.model)
+    typed: dict[str, npt.NDArray[Any]] = dict(fed)
+    for name, array in fed.items():
+        if array.dtype == expected[name]:
+            continue
+        if roles[name].kind != "past":
+            raise UsageError(
+                f"{side.name} takes {name!r} as {expected[name]}, the other as {array.dtype}: compare a model with its own quantized form"
+            )
+        typed[name] = np.resize(_some_past(expected[name], seed), array.shape)
+    return typed
 
 
 def resolve_shapes(inputs: Sequence[model_file.ModelInput], given: Shapes) -> dict[str, tuple[int | str | None, ...]]:
@@ -385,7 +414,7 @@ def shape_in_words(shape: Sequence[int | str | None]) -> str:
 
 def _load(
     sides: Mapping[str, Side],
-    feeds: Sequence[Feeds],
+    feeds: Mapping[str, Sequence[Feeds]],
     device: str,
     captured: bool,
     kv_cache: int | None,
@@ -395,14 +424,21 @@ def _load(
 ) -> dict[str, Runner]:
     """Every model, loaded and warm for every set of shapes."""
     runners: dict[str, Runner] = {}
-    # One copy for all sessions, before any is loaded: inputs are no part of a model's memory.
-    inputs = [] if engine and len(sides) == 1 else [{name: _to_device(array, device) for name, array in fed.items()} for fed in feeds]
+    # One copy for all sessions, before any is loaded: inputs are no part of a model's memory. Arrays of one role may be those of another.
+    copies: dict[int, Any] = {}
+    inputs: dict[str, list[Inputs]] = {}
+    for role in sides:
+        if not (engine and role == CANDIDATE):
+            for array in (array for fed in feeds[role] for array in fed.values()):
+                if id(array) not in copies:
+                    copies[id(array)] = _to_device(array, device)
+            inputs[role] = [{name: copies[id(array)] for name, array in fed.items()} for fed in feeds[role]]
     with progress.task("Loading", len(sides)) as task:
         for role, side in sides.items():
             if engine and role == CANDIDATE:
-                runners[role] = _EngineRunner(side, feeds, captured=captured, memory=memory)
+                runners[role] = _EngineRunner(side, feeds[role], captured=captured, memory=memory)
             else:
-                runners[role] = _Runner(side, inputs, device, captured=captured, kv_cache=kv_cache, memory=memory)
+                runners[role] = _Runner(side, inputs[role], device, captured=captured, kv_cache=kv_cache, memory=memory)
             task.advance()
     return runners
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ import onnx_ir as ir
 from fqonnx.errors import EngineError
 from fqonnx.ops import CONTRIB, DOMAIN, add_functions, group_query_attention_node
 from fqonnx.ops.kernels import kernel_for
-from fqonnx.passes.constants import dtype_of
+from fqonnx.passes.constants import dtype_of, shape_of
 from fqonnx.passes.edit import Insertion, Names, take_over
 
 if TYPE_CHECKING:
@@ -36,11 +37,14 @@ _TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _HEADS = (64, 128)
 _TABLES = ("cos_cache", "sin_cache")
 _INPUTS = ("query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length", *_TABLES)
-_MORE_INPUTS = ("position_ids", "attention_bias", "head_sink", "k_scale", "v_scale", "q_norm_weight", "k_norm_weight")
+_SCALES = ("k_scale", "v_scale")
+_MORE_INPUTS = ("position_ids", "attention_bias", "head_sink", *_SCALES, "q_norm_weight", "k_norm_weight")
+_CACHES = ("past_key", "past_value")
 _OPTIONAL = ("key", "value", *_TABLES)
 _OUTPUTS = 3
 _READ = frozenset({"num_heads", "kv_num_heads", "scale", "do_rotary"})
-# The values of all other attributes that the op has no name for, because nothing else is meant by them than by their absence.
+_QUANTIZED = ("k_quant_type", "v_quant_type", "kv_cache_bit_width")
+# The values of all other attributes that change nothing: what is meant by them is what is meant by their absence.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "causal": (1,),
     "k_quant_type": ("NONE",),
@@ -113,6 +117,7 @@ class _Form:
     kv_num_heads: int
     head: int
     scale: float
+    quant_type: str = "NONE"
 
 
 def _match(node: ir.Node, capability: int | None) -> tuple[_Form, Kernel]:
@@ -136,12 +141,15 @@ def _form(node: ir.Node) -> _Form:
     Raises:
         _Unfit: It is something else.
     """
-    given = _given(node)
+    quantized = len(node.inputs) > 4 and all(value is not None and dtype_of(value) == ir.DataType.INT8 for value in node.inputs[3:5])
+    given = _given(node, quantized=quantized)
     rotary = bool(node.attributes.get_int("do_rotary", 0))
+    read = _READ.union(_QUANTIZED) if quantized else _READ
     for name, attribute in node.attributes.items():
-        if name not in _READ and not _is_plain(name, attribute, rotary):
+        if name not in read and not _is_plain(name, attribute, rotary):
             raise _Unfit(f"has {name} = {attribute.value}")
-    dtypes = {dtype_of(value) for name, value in given.items() if name not in ("seqlens_k", "total_sequence_length")}
+    others = ("seqlens_k", "total_sequence_length", *((*_CACHES, *_SCALES) if quantized else ()))
+    dtypes = {dtype_of(value) for name, value in given.items() if name not in others}
     if len(dtypes) != 1 or not dtypes.issubset(_TYPES):
         raise _Unfit(f"is of {' and '.join(sorted(str(dtype) for dtype in dtypes))}, not FLOAT16 or BFLOAT16")
     heads, kv_heads = node.attributes.get_int("num_heads", 0), node.attributes.get_int("kv_num_heads", 0)
@@ -152,21 +160,45 @@ def _form(node: ir.Node) -> _Form:
         width = _dim(given.get(name), 1, 2)
         if width != head // 2:
             raise _Unfit(f"has a {name} of {'unknown' if width is None else width} columns for heads of {head}")
-    inputs = [given.get(name) if rotary or name not in _TABLES else None for name in _INPUTS]
-    return _Form(inputs, heads, kv_heads, head, node.attributes.get_float("scale", 0.0))
+    inputs = [given.get(name) if rotary or name not in _TABLES else None for name in (*_INPUTS, *_SCALES)]
+    quant_type = _quant_type(node, given, kv_heads * head) if quantized else "NONE"
+    return _Form(inputs, heads, kv_heads, head, node.attributes.get_float("scale", 0.0), quant_type)
 
 
-def _given(node: ir.Node) -> dict[str, ir.Value]:
-    """A node's inputs by name, where they and the outputs are those of the op.
+def _quant_type(node: ir.Node, given: dict[str, ir.Value], channels: int) -> str:
+    """How an int8 cache is scaled.
+
+    Raises:
+        _Unfit: Not as the kernel has it.
+    """
+    attributes = node.attributes
+    types = {attributes.get_string(name, "NONE") for name in ("k_quant_type", "v_quant_type")}
+    if types not in ({"PER_CHANNEL"}, {"PER_TENSOR"}):
+        raise _Unfit(f"scales keys and values {' and '.join(sorted(map(str, types)))}")
+    if (bits := attributes.get_int("kv_cache_bit_width", 0)) != 8:
+        raise _Unfit(f"has kv_cache_bit_width = {bits} for INT8 keys and values")
+    if dtype_of(given["query"]) != ir.DataType.FLOAT16:
+        raise _Unfit(f"is of {dtype_of(given['query'])} over INT8 keys and values, not FLOAT16")
+    (quant_type,) = types
+    count = channels if quant_type == "PER_CHANNEL" else 1
+    for name in _SCALES:
+        shape = shape_of(given[name])
+        if dtype_of(given[name]) != ir.DataType.FLOAT or shape is None or math.prod(shape) != count:
+            raise _Unfit(f"has a {name} that is not {count} FLOAT")
+    return str(quant_type)
+
+
+def _given(node: ir.Node, *, quantized: bool) -> dict[str, ir.Value]:
+    """A node's inputs by name, where they and the outputs are those of the op, which takes scales of a cache that is ``quantized``.
 
     Raises:
         _Unfit: They are not.
     """
     given = {name: value for name, value in zip((*_INPUTS, *_MORE_INPUTS), node.inputs, strict=False) if value is not None}
-    others = [name for name in given if name not in _INPUTS]
+    others = [name for name in given if name not in _INPUTS and not (quantized and name in _SCALES)]
     if others or len(node.inputs) > len(_INPUTS) + len(_MORE_INPUTS):
         raise _Unfit(f"reads {', '.join(others) or 'an unknown input'}")
-    missing = [name for name in _INPUTS if name not in given and name not in _OPTIONAL]
+    missing = [name for name in (*_INPUTS, *(_SCALES if quantized else ())) if name not in given and name not in _OPTIONAL]
     if missing:
         raise _Unfit(f"has no {missing[0]}")
     if ("key" in given) != ("value" in given):
@@ -194,8 +226,8 @@ def _head(given: dict[str, ir.Value], heads: int, kv_heads: int) -> int:
         _Unfit: It is not known, contradicted, or none that the kernel takes.
     """
     packed = "key" not in given
-    sizes = {_dim(given[name], 3, 4) for name in ("past_key", "past_value")}
-    counts = {_dim(given[name], 1, 4) for name in ("past_key", "past_value")}
+    sizes = {_dim(given[name], 3, 4) for name in _CACHES}
+    counts = {_dim(given[name], 1, 4) for name in _CACHES}
     columns = {"query": heads + 2 * kv_heads if packed else heads, **({} if packed else dict.fromkeys(("key", "value"), kv_heads))}
     for name, count in columns.items():
         width = _dim(given[name], 2, 3)
@@ -222,7 +254,7 @@ def _dim(value: ir.Value | None, axis: int, rank: int) -> int | None:
 
 def _lower(node: ir.Node, form: _Form, kernel: Kernel, names: Names) -> None:
     """Put the op in the node's place, under its name."""
-    query, key, value, past_key, past_value, lengths, total, cos, sin = form.inputs
+    query, key, value, past_key, past_value, lengths, total, cos, sin, k_scale, v_scale = form.inputs
     assert query is not None and past_key is not None and past_value is not None and lengths is not None and total is not None  # noqa: PT018
     names.release_node(node)
     tags = {**node.metadata_props, KERNEL_TAG: json.dumps({"kernel": kernel.name, "instruction": kernel.instruction})}
@@ -237,10 +269,13 @@ def _lower(node: ir.Node, form: _Form, kernel: Kernel, names: Names) -> None:
             total,
             cos,
             sin,
+            k_scale,
+            v_scale,
             num_heads=form.num_heads,
             kv_num_heads=form.kv_num_heads,
             head=form.head,
             scale=form.scale,
+            quant_type=form.quant_type,
             name=node.name or _OP,
         )
     )

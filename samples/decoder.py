@@ -34,7 +34,7 @@ from rich.table import Table
 
 from fqonnx.bench import BASELINE, CANDIDATE, ShapeResult, bench
 from fqonnx.bench_tables import print_bench
-from fqonnx.errors import EngineError
+from fqonnx.errors import EngineError, UsageError
 
 sys.path.insert(0, str(Path(__file__).parent))  # `graphs` and `exporting` lie beside this file, wherever it is imported from
 from exporting import run_program
@@ -403,8 +403,15 @@ def export_command(path: Path, shape: str, layers: int, operators: str) -> None:
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
 @click.option("--duration", type=float, default=1.0, show_default=True, help="Seconds for each model and workload.")
 @click.option("--profile/--no-profile", default=True, show_default=True, help="Show where the time goes.")
-def bench_command(shapes: tuple[str, ...], layers: int, operators: str, out: Path, device: str, duration: float, profile: bool) -> None:
+@click.option(
+    "--kv", type=click.Choice(["none", "int8"]), default="none", show_default=True, help="How the W4A4 model stores keys and values."
+)
+def bench_command(
+    shapes: tuple[str, ...], layers: int, operators: str, out: Path, device: str, duration: float, profile: bool, kv: str
+) -> None:
     """Export, build W4A4 and measure against fp16; the last table compares with the targets."""
+    if kv != "none" and operators == "standard":
+        raise UsageError(f"--kv {kv} is measured with ONNX Runtime's attention alone: leave out --kv, or --operators standard")
     console = Console()
     target = gpu_target() if device == "cuda" else None
     cases = []
@@ -413,11 +420,12 @@ def bench_command(shapes: tuple[str, ...], layers: int, operators: str, out: Pat
         start = time.perf_counter()
         export(model, replace(SHAPES[shape], layers=layers), operators=operators)
         exported = time.perf_counter() - start
-        console.print(f"[bold]{shape}[/bold], {layers} layers: exported in {exported:.0f} s, built in {build(model, built, target):.0f} s")
+        seconds = build(model, built, target, (*FAST_BUILD, "--kv", kv))
+        console.print(f"[bold]{shape}[/bold], {layers} layers: exported in {exported:.0f} s, built in {seconds:.0f} s")
         cases += measure(
             shape, built, model, WORKLOADS, device=device, duration=duration, profile=profile, in_place=operators != "standard"
         )
-    console.print(summary(cases))
+    console.print(summary(cases, kv=kv))
 
 
 def measure(
@@ -457,9 +465,10 @@ def measure(
     return cases
 
 
-def summary(cases: Sequence[Case]) -> Table:
-    """Every case in a line, with its target."""
-    table = Table(title="W4A4 against fp16, medians", title_justify="left", box=box.SIMPLE_HEAD)
+def summary(cases: Sequence[Case], *, kv: str = "none") -> Table:
+    """Every case in a line, with its target; ``kv`` is how the W4A4 model stores keys and values."""
+    cache = "fp16 in both" if kv == "none" else f"{kv} in W4A4, fp16 in fp16"
+    table = Table(title=f"W4A4 against fp16, medians; cache of keys and values {cache}", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("decoder")
     for head in ("batch x tokens, past", "fp16 ms", "W4A4 ms", "speed-up", "target"):
         table.add_column(head, justify="right")

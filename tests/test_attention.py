@@ -434,7 +434,7 @@ def test_inputs_that_the_op_has_not_stay(slot: int, name: str, caplog: pytest.Lo
         ("scores", "gives its scores"),
         ("no tables", "has a cos_cache of unknown columns for heads of 64"),
         ("half the head turned", "has a cos_cache of 16 columns for heads of 64"),
-        ("int8 cache", "is of FLOAT16 and INT8, not FLOAT16 or BFLOAT16"),
+        ("int8 cache", "has no k_scale"),
         ("nothing known", "has heads of unknown size"),
         ("an input of the future", "reads an unknown input"),
     ],

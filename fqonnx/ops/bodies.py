@@ -242,12 +242,15 @@ W4A4Gemm <packed: int = 0, layout: string = "plain", layout_shape: ints = [0, -1
 """,
     "GroupQueryAttention": f"""
 GroupQueryAttention <num_heads, kv_num_heads, scale: float = 0.0, do_rotary: int = 0, rotary_interleaved: int = 0,
+                     k_quant_type: string = "NONE", v_quant_type: string = "NONE", kv_cache_bit_width: int = 0,
                      plugin_namespace: string = "fqonnx", plugin_version: string = "1">
-(query, key, value, past_key, past_value, seqlens_k, total_sequence_length, cos_cache, sin_cache) => (output, present_key, present_value)
+(query, key, value, past_key, past_value, seqlens_k, total_sequence_length, cos_cache, sin_cache, k_scale, v_scale)
+=> (output, present_key, present_value)
 {{
     output, present_key, present_value = {CONTRIB}.GroupQueryAttention <num_heads: int = @num_heads, kv_num_heads: int = @kv_num_heads,
-        scale: float = @scale, do_rotary: int = @do_rotary, rotary_interleaved: int = @rotary_interleaved>
-        (query, key, value, past_key, past_value, seqlens_k, total_sequence_length, cos_cache, sin_cache)
+        scale: float = @scale, do_rotary: int = @do_rotary, rotary_interleaved: int = @rotary_interleaved,
+        k_quant_type: string = @k_quant_type, v_quant_type: string = @v_quant_type, kv_cache_bit_width: int = @kv_cache_bit_width>
+        (query, key, value, past_key, past_value, seqlens_k, total_sequence_length, cos_cache, sin_cache, "", "", "", k_scale, v_scale)
 }}
 """,
 }

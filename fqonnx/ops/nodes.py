@@ -210,11 +210,14 @@ def group_query_attention_node(
     total_sequence_length: ir.Value,
     cos_cache: ir.Value | None,
     sin_cache: ir.Value | None,
+    k_scale: ir.Value | None = None,
+    v_scale: ir.Value | None = None,
     *,
     num_heads: int,
     kv_num_heads: int,
     head: int,
     scale: float = 0.0,
+    quant_type: str = "NONE",
     name: str,
 ) -> ir.Node:
     """A ``GroupQueryAttention`` node: ``com.microsoft.GroupQueryAttention`` (opset 1) with nothing but these inputs, causal.
@@ -224,39 +227,49 @@ def group_query_attention_node(
             ``[batch, sequence, (num_heads + 2 kv_num_heads) head]``.
         key: ``[batch, sequence, kv_num_heads head]`` of the same type; None where ``query`` holds them.
         value: Likewise.
-        past_key: ``[batch, kv_num_heads, past, head]`` of the same type.
+        past_key: ``[batch, kv_num_heads, past, head]`` of the same type; int8 where ``quant_type`` is not ``NONE``.
         past_value: Likewise.
         seqlens_k: int32 ``[batch]``: tokens of each sequence, the new ones included, minus one.
         total_sequence_length: int32 scalar: the largest of them plus one.
         cos_cache: ``[positions, head / 2]`` of the same type: rotary embedding of pairs ``i``, ``i + head / 2``; None for none.
         sin_cache: Likewise; None where ``cos_cache`` is.
+        k_scale: fp32 scales of an int8 cache's keys, ``[1, kv_num_heads, 1, head]`` or one; None where the cache has the query's type.
+        v_scale: Likewise, of values.
         num_heads: Heads of queries, a multiple of ``kv_num_heads``.
         kv_num_heads: Heads of keys and values.
         head: Width of a head.
         scale: Factor of the scores; 0 is ``1 / sqrt(head)``.
+        quant_type: ``PER_CHANNEL`` or ``PER_TENSOR`` for an int8 cache with such scales, ``NONE`` for one of the query's type.
         name: The node's name; its outputs are ``{name}.output``, ``{name}.present_key`` and ``{name}.present_value``.
 
     Returns:
-        The node; ``output`` is ``[batch, sequence, num_heads head]``, the others ``[batch, kv_num_heads, past or more, head]``, all of the
-        query's type, shaped where the inputs are.
+        The node; ``output`` is ``[batch, sequence, num_heads head]`` of the query's type, the others ``[batch, kv_num_heads, past or more,
+        head]`` of the cache's, shaped where the inputs are.
 
     Raises:
-        ModelError: ``query`` is not of a float type, or another operand not of the same.
-        ValueError: One of ``key`` and ``value``, or of ``cos_cache`` and ``sin_cache``, without the other, or heads that do not divide.
+        ModelError: ``query`` is not of a float type, or another operand not of the type that goes with it.
+        ValueError: One of ``key`` and ``value``, of ``cos_cache`` and ``sin_cache``, or of ``k_scale``, ``v_scale`` and ``quant_type``
+            without the others, or heads that do not divide.
     """
     dtype = query.dtype
     _check_float(dtype, f"the input of {name}")
     assert dtype is not None
     if (key is None) != (value is None) or (cos_cache is None) != (sin_cache is None):
         raise ValueError("key and value, and cos_cache and sin_cache, are given together or not at all")
+    quantized = quant_type != "NONE"
+    if quantized != (k_scale is not None) or quantized != (v_scale is not None) or quant_type not in ("NONE", "PER_CHANNEL", "PER_TENSOR"):
+        raise ValueError(f"scales of keys and of values and quant_type {quant_type!r} are given together or not at all")
     if kv_num_heads < 1 or num_heads % kv_num_heads:
         raise ValueError(f"{num_heads} heads are no multiple of {kv_num_heads}")
-    for operand in (key, value, past_key, past_value, cos_cache, sin_cache):
-        if operand is not None and operand.dtype != dtype:
+    cache_dtype = ir.DataType.INT8 if quantized else dtype
+    expected = [(operand, dtype) for operand in (key, value, cos_cache, sin_cache)]
+    expected += [(operand, cache_dtype) for operand in (past_key, past_value)]
+    expected += [(operand, ir.DataType.FLOAT) for operand in (k_scale, v_scale)]
+    for operand, wanted in expected:
+        if operand is not None and operand.dtype != wanted:
             raise ModelError(f"{name} reads {operand.dtype} beside {dtype}: export the model with keys and values of one type")
-    output, present_key, present_value = (
-        ir.Value(name=f"{name}.{part}", type=ir.TensorType(dtype)) for part in ("output", "present_key", "present_value")
-    )
+    types = {"output": dtype, "present_key": cache_dtype, "present_value": cache_dtype}
+    output, present_key, present_value = (ir.Value(name=f"{name}.{part}", type=ir.TensorType(given)) for part, given in types.items())
     lead, _ = _split_shape(query)
     if lead is not None:
         output.shape = ir.Shape([*lead, num_heads * head])
@@ -268,9 +281,11 @@ def group_query_attention_node(
         "scale": float(scale),
         "do_rotary": int(cos_cache is not None),
         "rotary_interleaved": 0,
+        **({"k_quant_type": quant_type, "v_quant_type": quant_type, "kv_cache_bit_width": 8} if quantized else {}),
         **_PLUGIN,
     }
     inputs = [query, key, value, past_key, past_value, seqlens_k, total_sequence_length, cos_cache, sin_cache]
+    inputs += [k_scale, v_scale] if quantized else []
     return ir.node("GroupQueryAttention", inputs, attributes, domain=DOMAIN, outputs=[output, present_key, present_value], name=name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -196,16 +197,18 @@ def group_query_attention(
     query: FloatArray,
     key: FloatArray | None,
     value: FloatArray | None,
-    past_key: FloatArray,
-    past_value: FloatArray,
+    past_key: FloatArray | Int8Array,
+    past_value: FloatArray | Int8Array,
     seqlens_k: npt.NDArray[np.int32],
     cos_cache: FloatArray | None = None,
     sin_cache: FloatArray | None = None,
+    k_scale: Array | None = None,
+    v_scale: Array | None = None,
     *,
     num_heads: int,
     kv_num_heads: int,
     scale: float = 0.0,
-) -> tuple[FloatArray, FloatArray, FloatArray]:
+) -> tuple[FloatArray, FloatArray | Int8Array, FloatArray | Int8Array]:
     """``GroupQueryAttention``: causal attention over a cache, as ``com.microsoft.GroupQueryAttention`` (opset 1) has it, without padding.
 
     The new tokens of sequence b are at positions ``seqlens_k[b] + 1 - sequence .. seqlens_k[b]``. With ``g = h // (num_heads //
@@ -215,22 +218,27 @@ def group_query_attention(
     - ``output[b, s, h] = softmax(scale · rotary(query) · present_keyᵀ) · present_value`` over the positions up to the token's own;
     - ``rotary`` turns elements i and ``i + head / 2`` by the angle whose cosine and sine are in the position's row (arXiv 2104.09864).
 
+    With scales the cache holds codes ``clamp(round_half_even(x / scale), -128, 127)`` and is read as ``code * scale``, new tokens too.
+
     Args:
         query: ``[batch, sequence, num_heads head]``, or with keys and values behind the queries where ``key`` and ``value`` are None.
         key: ``[batch, sequence, kv_num_heads head]`` or None.
         value: Likewise.
-        past_key: ``[batch, kv_num_heads, past, head]``.
+        past_key: ``[batch, kv_num_heads, past, head]``, with scales int8.
         past_value: Likewise.
         seqlens_k: int32 ``[batch]``: a sequence's tokens, the new ones included, minus one.
         cos_cache: ``[positions, head / 2]``; None for no rotary embedding.
         sin_cache: Likewise.
+        k_scale: fp32 scales of keys, ``kv_num_heads * head`` of them or one, of any shape; None for a cache of the query's type.
+        v_scale: Likewise, of values.
         num_heads: Heads of queries, a multiple of ``kv_num_heads``.
         kv_num_heads: Heads of keys and values.
         scale: Of the scores; 0 is ``1 / sqrt(head)``.
 
     Returns:
         ``output [batch, sequence, num_heads head]`` and the present keys and values ``[batch, kv_num_heads, rows, head]``, where ``rows``
-        is the larger of ``past`` and the longest sequence; rows behind a sequence's tokens are zeros. All of the query's type.
+        is the larger of ``past`` and the longest sequence; rows behind a sequence's tokens are zeros. All of the query's type,
+        the cache with scales int8.
 
     Raises:
         ValueError: Shapes that do not fit, or a sequence of fewer tokens than are new.
@@ -243,16 +251,20 @@ def group_query_attention(
         raise ValueError(f"query {query.shape}, past {past_key.shape} and lengths {seqlens_k} do not fit {num_heads}/{kv_num_heads} heads")
     q, k, v = (part.astype(np.float32).reshape(batch, sequence, -1, head).swapaxes(1, 2) for part in parts)
     rows = max(rows, int(seqlens_k.max(initial=-1)) + 1)
-    keys, values = (np.zeros((batch, kv_num_heads, rows, head), dtype) for _ in range(2))
+    keys: npt.NDArray[Any] = np.zeros((batch, kv_num_heads, rows, head), past_key.dtype)
+    values: npt.NDArray[Any] = np.zeros_like(keys)
+    flat = [np.ones(1, np.float32) if given is None else given.reshape(-1) for given in (k_scale, v_scale)]
+    steps = [np.broadcast_to(step, kv_num_heads * head).reshape(kv_num_heads, 1, head) for step in flat]
     output = np.empty((batch, sequence, num_heads, head), dtype)
     group = num_heads // kv_num_heads
     for b in range(batch):
         before, end = int(first[b]), int(first[b]) + sequence
         angles = None if cos_cache is None or sin_cache is None else (cos_cache[before:end], sin_cache[before:end])
-        for cache, past, new in ((keys, past_key, _rotated(k[b], angles)), (values, past_value, v[b])):
+        for cache, past, new, step in ((keys, past_key, _rotated(k[b], angles), steps[0]), (values, past_value, v[b], steps[1])):
             cache[b, :, :before] = past[b, :, :before]
-            cache[b, :, before:end] = new.astype(dtype)
-        seen_keys, seen_values = (cache[b, :, :end].astype(np.float32).repeat(group, axis=0) for cache in (keys, values))
+            cache[b, :, before:end] = np.clip(np.rint(new / step), -128, 127) if cache.dtype == np.int8 else new.astype(dtype)
+        caches = ((keys, steps[0]), (values, steps[1]))
+        seen_keys, seen_values = ((cache[b, :, :end].astype(np.float32) * step).repeat(group, axis=0) for cache, step in caches)
         scores = (_rotated(q[b], angles) @ seen_keys.swapaxes(1, 2)) * np.float32(scale or head**-0.5)
         scores = np.where(np.arange(end) <= before + np.arange(sequence)[:, None], scores, np.float32(-np.inf))
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
