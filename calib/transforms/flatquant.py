@@ -12,6 +12,7 @@ from fqonnx.calib import kron
 from fqonnx.calib.quantizers import fake_quantize, row_scale
 from fqonnx.calib.transforms.base import FittedTransform, Problem, Transformation
 from fqonnx.calib.transforms.hadamard import hadamard
+from fqonnx.calib.transforms.search import MAX_LOG_SCALE
 from fqonnx.calib.transforms.smooth import channel_scale
 from fqonnx.errors import CalibrationError
 
@@ -24,9 +25,6 @@ POWER_TOKENS = 4096
 
 MAX_TRAINED = 512
 """Factors beyond this (K with a large prime in it) stay the random rotation they start as: a step of training costs n³."""
-
-MAX_LOG_SCALE = 9.21
-"""Channel scales stay within 1e-4 .. 1e4 wherever training takes them: fp16 activations have to bear the division."""
 
 BLOCK_ALPHA = 0.5
 """Share of the activations in the channel scale at the start of training on blocks: 2 % less error than with ``Training.alpha``."""
