@@ -512,9 +512,8 @@ constexpr int few_slots() {
   return slots;
 }
 
-// More than the memory's latency asks for, where weights may come in while the quantizer before is at work: what is left of a multiprocessor lets
-// it stay. With nothing to wait for, all that there is.
-constexpr int kSharingRing = 144 * 1024, kWholeRing = 220 * 1024;
+// More than the memory's latency asks for; what is left of a multiprocessor lets the quantizer before stay while the weights come in.
+constexpr int kFewRing = 144 * 1024;
 
 // Blocks of `rows` channels, at most 64 kTiles and more than 64 (kTiles - 1).
 template <int kTokens, int kTiles, bool kGrouped>
@@ -534,21 +533,20 @@ struct FewTokens {
     int32_t others[kSlots * kTokens * kPitch];  // [other block][slot][tokens that this block finishes][kPitch]
   };
   struct Shared {
+    union {
+      alignas(1024) uint8_t ring[kFewRing];
+      Sums sums;  // when nothing is in the ring any more
+    };
     float scale[kTokens];
     alignas(16) float w_scale[kRows];
     alignas(16) float bias[kRows];
     uint64_t full[kMostStages];
     uint64_t empty[kMostStages];
     uint64_t arrived;  // the others' sums
-    union {
-      alignas(1024) uint8_t ring[kSharingRing];  // or kWholeRing
-      Sums sums;                                 // when nothing is in the ring any more
-    };
   };
-  __host__ __device__ static constexpr int shared_bytes(int ring_bytes) { return int(sizeof(Shared)) - kSharingRing + ring_bytes; }
-  static_assert(shared_bytes(kWholeRing) <= 227 * 1024, "more than a multiprocessor has");
+  static constexpr int kSharedBytes = sizeof(Shared);
   static_assert(kOwnTiles * kWarpgroups == kTiles * kSlots, "whole tiles");
-  static_assert(2 * Ring::bytes(kRows) <= kSharingRing && sizeof(Sums) <= kSharingRing, "room for two stages, and for the sums");
+  static_assert(2 * Ring::bytes(kRows) <= kFewRing && sizeof(Sums) <= kFewRing, "room for two stages, and for the sums");
   static_assert(kRows <= kConsumers, "a thread a channel");
   // The rows that the last tile lacks are read from what comes next in the stage; their sums are not used.
   static_assert(48 * kWeightRow <= kBlocks * Ring::kTokenBytes, "there is something next");
@@ -563,8 +561,7 @@ __global__ void __launch_bounds__(128 * kFewWarpgroups<kTokens, kGrouped> + 32, 
   constexpr int kBlocks = Kernel::kBlocks, kSlots = Kernel::kSlots, kConsumers = Kernel::kConsumers;
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& shared = *reinterpret_cast<typename Kernel::Shared*>(raw);
-  const int ring_bytes = p.constant_weights ? kSharingRing : kWholeRing;
-  const typename Kernel::Ring ring = {shared.ring, rows, min(ring_bytes / Kernel::Ring::bytes(rows), Kernel::kMostStages)};
+  const typename Kernel::Ring ring = {shared.ring, rows, min(kFewRing / Kernel::Ring::bytes(rows), Kernel::kMostStages)};
   const int splits = gridDim.y;
   const int split = blockIdx.y;
   const int row0 = blockIdx.x * rows;
@@ -798,8 +795,7 @@ fq_status launch_few_rows(const fq_w4a4_gemm_params& p, Shares shares, cudaStrea
   if (const fq_status status = make_blocks_map(&q_map, codes_of(p), kBlockK, kTokens, Kernel::kBlocks, CU_TENSOR_MAP_SWIZZLE_128B))
     return status;
   const Launch launch = {dim3(unsigned((p.n + shares.rows - 1) / shares.rows), unsigned(shares.splits), unsigned((p.m + kTokens - 1) / kTokens)),
-                         dim3(1, unsigned(shares.splits), 1), Kernel::kConsumers + 32,
-                         Kernel::shared_bytes(p.constant_weights != 0 ? kSharingRing : kWholeRing), p.constant_weights != 0};
+                         dim3(1, unsigned(shares.splits), 1), Kernel::kConsumers + 32, Kernel::kSharedBytes, p.constant_weights != 0};
   return launch_kernel(kName, few_tokens<kTokens, kTiles, kGrouped>, launch, stream, w_map, q_map, problem_of(p), shares.rows);
 }
 
