@@ -1,6 +1,6 @@
 """Steps of gradient descent; on a GPU each shape of step is captured once as a CUDA graph and replayed.
 
-A step of a block is a thousand small kernels: launched one by one from Python they take 24 ms, as a graph the few that they run.
+A step of a block is a thousand small kernels: launched one by one from Python they take 24 ms on an H200, as a graph 7.
 """
 
 from __future__ import annotations

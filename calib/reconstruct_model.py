@@ -1,8 +1,8 @@
 """The stage behind the blocks: all groups of a model trained together on what the model puts out.
 
 The loss is the KL divergence from the float model's predictions, or without logits the error of its outputs. All weights of the model's
-groups are in memory with their optimizer's state; activations of one step are those between blocks and of one block, which is run again
-where gradients pass it.
+groups are in memory with gradients and the optimizer's state, 36 bytes each; activations of one step are those between blocks and of one
+block, which is run again where gradients pass it, and the outputs.
 """
 
 from __future__ import annotations
@@ -144,27 +144,27 @@ class ModelReconstruction:
 
         @torch.no_grad()
         def held_out() -> float:
-            return sum(float(loss(inputs_of(chunk))) for chunk in chunks.held_out) / max(len(chunks.held_out), 1)
+            return sum(float(loss(inputs_of(chunk))) for chunk in chunks.held_out) / len(chunks.held_out)
 
         with fast_products(self._device):
-            best, kept = held_out(), [parameter.detach().clone() for parameter in parameters]
-            start = best
+            checks = {round(steps * (check + 1) / CHECKS) for check in range(CHECKS)} if chunks.held_out else set()
+            start = best = held_out() if checks else 0.0
+            kept = [parameter.detach().clone() for parameter in parameters] if checks else []
             descent = Descent(rates, steps, loss, self._device)
-            checks = {round(steps * (check + 1) / CHECKS) for check in range(CHECKS)}
             for done, chunk in enumerate(chunks.order(steps, self._seed), 1):
                 descent.step(inputs_of(chunk))
                 task.advance(share / steps)
                 if done in checks:
                     now = held_out()
                     logger.info("whole model: %.4g on held-out samples after %d steps, %.4g before", now, done, start)
-                    if now < best or not chunks.held_out:
+                    if now < best:
                         best = now
                         for mine, parameter in zip(kept, parameters, strict=True):
                             mine.copy_(parameter.detach())
             if not descent.finite:
                 raise CalibrationError("training of the whole model diverged: use --reconstruct block")
             with torch.no_grad():
-                for mine, parameter in zip(kept, parameters, strict=True):
+                for mine, parameter in zip(kept, parameters if kept else [], strict=True):
                     parameter.copy_(mine)
                 prepare_rounded(groups.values())
 

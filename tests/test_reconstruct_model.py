@@ -79,12 +79,12 @@ def test_predictions_come_closer_than_by_blocks(tmp_path: Path, caplog: pytest.L
         whole = solved(net, ["logits"], data, tmp_path / "whole", LONG)
     said = [line for line in caplog.messages if line.startswith("whole model")]
     assert len(said) == 4
-    last, first = (float(word) for word in (said[-1].split()[2], said[-1].split()[-2]))
-    assert last < first
+    first = float(said[-1].split()[-2])
     # What is said of the samples held out is what the built model shows there.
     held_out = Samples(data[4 * HELD_OUT - 4 : 4 * HELD_OUT])
     best = min(float(line.split()[2]) for line in said)
-    assert divergence(net, whole, held_out) == pytest.approx(min(best, first), rel=0.05)
+    assert best < first
+    assert divergence(net, whole, held_out) == pytest.approx(best, rel=0.05)
     assert divergence(net, whole, unseen) < 0.95 * divergence(net, blocks, unseen)
 
 
@@ -158,9 +158,12 @@ def test_a_build_by_the_model(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    net, data, unseen = language_model(), samples(64), samples(16, seed=1)
-    with caplog.at_level(logging.WARNING):
-        blocks = solved(net, ["logits"], data, tmp_path / "blocks", LONG, Recipe(reconstruct="block", weights="rtn"), "cuda")
-        whole = solved(net, ["logits"], data, tmp_path / "whole", LONG, device="cuda")
+    net, data = language_model(), samples(64)
+    with caplog.at_level(logging.INFO):
+        store = solved(net, ["logits"], data, tmp_path, LONG, device="cuda")
     assert not [line for line in caplog.messages if "cannot be captured" in line]
-    assert divergence(net, whole, unseen) < 0.95 * divergence(net, blocks, unseen)
+    said = [line.split() for line in caplog.messages if line.startswith("whole model")]
+    first, best = float(said[0][-2]), min(float(words[2]) for words in said)
+    assert best < first
+    held_out = Samples(data[4 * HELD_OUT - 4 : 4 * HELD_OUT])
+    assert divergence(net, store, held_out) == pytest.approx(best, rel=0.15)  # TF32 there, fp32 here: a few values round otherwise
