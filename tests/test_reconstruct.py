@@ -15,6 +15,9 @@ from fqonnx.calib import stores
 from fqonnx.calib.block_training import FloatGroup, kept
 from fqonnx.calib.chunks import HELD_OUT, Chunks
 from fqonnx.calib.reconstruct import Training, reconstruct
+from fqonnx.calib.registry import transform_named
+from fqonnx.calib.transforms import TRANSFORMS
+from fqonnx.calib.weights import WEIGHT_QUANTIZERS
 from fqonnx.errors import CalibrationError, ModelError
 from fqonnx.passes.linears import find
 from fqonnx.passes.pipeline import quantize_model
@@ -136,7 +139,7 @@ def test_another_seed_recipe_or_training_is_another_solution(tmp_path: Path) -> 
         assert any(not np.array_equal(base[key], other[key]) for key in base)
 
 
-@pytest.mark.parametrize("weights", ["rtn", "gptq"])
+@pytest.mark.parametrize("weights", WEIGHT_QUANTIZERS)
 @pytest.mark.parametrize(
     ("what", "count", "width"),
     [
@@ -185,13 +188,13 @@ def test_schemes(tmp_path: Path, scheme: str) -> None:
     assert error(net, solved(net, samples(16), tmp_path, recipe), samples(4, seed=9), recipe) < bound
 
 
-@pytest.mark.parametrize("transform", ["none", "smooth", "hadamard"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("group_size", [0, 32])
-def test_transforms_that_are_not_trained(tmp_path: Path, transform: str, group_size: int) -> None:
+def test_transforms(tmp_path: Path, transform: str, group_size: int) -> None:
     net, recipe = network(1), Recipe(transform=transform, group_size=group_size)
     store = solved(net, samples(16), tmp_path, recipe)
     assert error(net, store, samples(4, seed=9), recipe) < 0.5
-    assert (store(next(iter(store))).left is not None) == (transform == "hadamard")
+    assert (store(next(iter(store))).left is not None) == transform_named(transform).has_pair
 
 
 def test_groups_of_several_schemes(tmp_path: Path) -> None:
