@@ -15,21 +15,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from benchmarks.results import Row, json_option, report, run, seconds_option
-from benchmarks.timing import Timer, versions
+from benchmarks.timing import REPLAY_METHOD, Timer, replayed, versions
 from fqonnx.kernels import flat_quantize, rms_norm_flat_quantize, silu_mul_flat_quantize, w4a4_gemm
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import torch
 
 APART, EARLY = "apart", "early"
-METHOD = "medians of replays of a CUDA graph, back to back"
 
 ROWS = (1, 16, 64)
 EPSILON = 1e-5
-_REPLAYS = 5
-"""Back to back, for one figure: a replay's own launch is no part of a chain."""
 
 
 @dataclass(frozen=True)
@@ -114,32 +109,9 @@ def measure(rows: int, seconds: float, bandwidth: float) -> Row:
     wrong = "" if torch.equal(chain.run(early=True), wanted) else f"{rows} rows: what begins early gives other bits"
     times: dict[str, float | None] = {}
     for name, early in ((APART, False), (EARLY, True)):
-        times[name] = _time(lambda early=early: chain.run(early=early), seconds)
+        times[name] = replayed(lambda early=early: chain.run(early=early), seconds)
     size = chain.shape.bytes
     return Row({"rows": rows}, times, EARLY, size / bandwidth * 1e6, size, 2 * rows * size * 2, wrong=wrong)
-
-
-def _time(call: Callable[[], object], seconds: float) -> float:
-    """Median microseconds of a pass, replayed as a CUDA graph."""
-    import torch
-
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-
-    def once() -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(_REPLAYS):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) * 1e3 / _REPLAYS
-
-    first = min(once() for _ in range(3))
-    return float(torch.tensor([once() for _ in range(max(5, int(seconds * 1e6 / first / _REPLAYS)))]).median())
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -150,7 +122,7 @@ def main(seconds: float, as_json: bool) -> None:
     timer = Timer(seconds)
     bandwidth = timer.copy_bandwidth()
     measured = [measure(rows, seconds, bandwidth) for rows in ROWS]
-    about = {"device": timer.device, "copy_gb_s": bandwidth * 1e-9, "method": METHOD, "versions": versions()}
+    about = {"device": timer.device, "copy_gb_s": bandwidth * 1e-9, "method": REPLAY_METHOD, "versions": versions()}
     report(f"Four layers of Llama-2-7B's sizes on {timer.device}, µs", measured, (APART, EARLY), as_json=as_json, **about)
 
 

@@ -65,6 +65,35 @@ class Timer:
         return 2 * _COPY_BYTES / (self(lambda: target.copy_(source)) * 1e-6)
 
 
+_REPLAYS = 5
+"""Of a graph back to back, for one figure: a replay's own launch is no part of what is measured."""
+
+REPLAY_METHOD = "medians of replays of a CUDA graph, back to back"
+
+
+def replayed(call: Callable[[], object], seconds: float) -> float:
+    """Median microseconds of ``call``, replayed as a CUDA graph for about ``seconds``."""
+    import torch
+
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+
+    def once() -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(_REPLAYS):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e3 / _REPLAYS
+
+    first = min(once() for _ in range(3))
+    return float(torch.tensor([once() for _ in range(max(5, int(seconds * 1e6 / first / _REPLAYS)))]).median())
+
+
 def attempt(timer: Timer, make: Callable[[], Callable[[], object]]) -> float | None:
     """The time of what ``make`` prepares; None where the library behind it does not take the problem."""
     import torch

@@ -14,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import chain, flat_quantize, gemm
+from benchmarks import attention, chain, flat_quantize, gemm
 from benchmarks.results import Row, WrongResultError, document, label, report, show
 from benchmarks.timing import Timer
 from fqonnx import kernels
@@ -127,6 +127,30 @@ def test_wrong_results_are_told_after_all_others(capsys: pytest.CaptureFixture[s
         assert capsys.readouterr().out
 
 
+def test_steps_of_attention_are_held_against_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = attention.Case("small", heads=4, kv_heads=2, batch=2, past=5, capacity=8, head=16)
+    assert case.bytes == 2 * 2 * 2 * 2 * 6 * 16
+    monkeypatch.setattr(attention, "_COLD_BYTES", 1)
+
+    def decode(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key: torch.Tensor, value: torch.Tensor, past: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
+        scales = options.get("scales") or (torch.ones(2, 16), torch.ones(2, 16))
+        if "scales" not in options:
+            key[:, :, 5], value[:, :, 5] = k.reshape(2, 2, 16), v.reshape(2, 2, 16)
+        keys, values = (
+            (cache[:, :, :6].float() * scale[:, None]).repeat_interleave(2, 1) for cache, scale in zip((key, value), scales, strict=True)
+        )
+        weights = torch.softmax(torch.einsum("bhd,bhtd->bht", q.reshape(2, 4, 16).float(), keys) / 4, -1)
+        return factor * torch.einsum("bht,bhtd->bhd", weights, values).reshape(2, -1).half()
+
+    monkeypatch.setattr(attention, "decode_attention", decode)
+    factor = 1.0
+    assert attention.Step(case, device="cpu").wrong() == ""
+    factor = 1.1
+    assert attention.Step(case, device="cpu").wrong().startswith("small, batch 2, fp16: relative error 0.1")
+
+
 def test_a_chain_runs_what_a_decoder_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, with stand-ins that note what they are given: operands fit, and all may begin early, or none."""
     calls: list[tuple[str, tuple[int, ...], bool]] = []
@@ -197,7 +221,7 @@ def test_wrong_codes_are_no_times() -> None:
         flat_quantize.require_close(codes, scale * 1.01, t, scale, "kernel")
 
 
-@pytest.mark.parametrize("module", ["benchmarks.gemm", "benchmarks.flat_quantize", "benchmarks.chain"])
+@pytest.mark.parametrize("module", ["benchmarks.gemm", "benchmarks.flat_quantize", "benchmarks.chain", "benchmarks.attention"])
 def test_without_a_gpu_one_line_says_so(module: str) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
