@@ -89,7 +89,7 @@ def fit_scales(
         model: The float model.
         caches: From ``fqonnx.passes.kv_cache_attention.find`` on this very model.
         source: Feeds; all are read.
-        workdir: Folder for the result and for values that wait on disk.
+        workdir: Folder for the result and for values that wait on disk; made where missing.
         progress: Told of every sample.
 
     Raises:
@@ -109,6 +109,7 @@ def fit_scales(
         found.scales[cache.name], found.dead[cache.name] = scale, int(dead.sum())
     if total := sum(found.dead.values()):
         logger.info("%d channels of keys and values are zero in all of the calibration data", total)
+    workdir.mkdir(parents=True, exist_ok=True)
     found.save(path, key)
     return found
 

@@ -214,7 +214,7 @@ def with_float_cache(model: ir.Model) -> ir.Model:
             value.name = names.for_value(f"{value.name}.stored")
         past = ir.Value(name=cache["past"], type=ir.TensorType(dtype), shape=codes.shape)
         start, end = Insertion(first, names, tags), Insertion(last, names, tags)
-        ir.convenience.replace_all_uses_with(codes, _quantized(start, past, scale, f"{cache['past']}.outer"))
+        ir.convenience.replace_all_uses_with(codes, _some_rows(start, _quantized(start, past, scale, f"{cache['past']}.outer")))
         y = _dequantized(end, given, scale, dtype, f"{cache['present']}.outer")
         y.name = cache["present"]
         graph.inputs[places[0]], graph.outputs[places[1]] = past, y
@@ -233,6 +233,20 @@ def _quantized(insert: Insertion, x: ir.Value, scale: ir.Value, name: str) -> ir
     y = insert.node("Round", [y], name=f"{name}.rounded", dtype=single, shape=x.shape)
     y = insert.node("Clip", [y, *bounds], name=f"{name}.clipped", dtype=single, shape=x.shape)
     return insert.node("Cast", [y], {"to": ir.DataType.INT8.value}, name=f"{name}.codes", dtype=ir.DataType.INT8, shape=x.shape)
+
+
+def _some_rows(insert: Insertion, codes: ir.Value) -> ir.Value:
+    """All rows, of which a runtime does not know beforehand how many.
+
+    ONNX Runtime (1.31) takes present keys and values to be as long as past ones, as they are where they share a buffer: what it computes
+    from them would be put where too little room is.
+    """
+    integer, name = ir.DataType.INT64, codes.name or ""
+    rows = insert.node("Shape", [codes], {"start": 2, "end": 3}, name=f"{name}.rows", dtype=integer, shape=ir.Shape([1]))
+    first, axis = (insert.constant(f"{name}.{what}", ir.tensor(np.array([at], np.int64))) for what, at in (("first", 0), ("axis", 2)))
+    dims = [*codes.shape] if codes.shape is not None else [None] * _RANK
+    shape = ir.Shape([*dims[:2], None, dims[3]])
+    return insert.node("Slice", [codes, first, rows, axis], name=f"{name}.all", dtype=ir.DataType.INT8, shape=shape)
 
 
 def _dequantized(insert: Insertion, codes: ir.Value, scale: ir.Value, dtype: ir.DataType, name: str) -> ir.Value:
