@@ -14,7 +14,8 @@ import torch
 from fqonnx.build import build
 from fqonnx.calib.chunks import HELD_OUT
 from fqonnx.calib.reconstruct import Training, reconstruct
-from fqonnx.errors import CalibrationError, ModelError
+from fqonnx.calib.reconstruct_block import relative_error
+from fqonnx.errors import CalibrationError, ModelError, UsageError
 from fqonnx.metrics import log_softmax
 from fqonnx.passes.linears import find
 from fqonnx.passes.pipeline import quantize_model
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from fqonnx.calib.stores import SolutionStore
 
 MODEL = Recipe(reconstruct="model", weights="rtn")
+SHORT_MODEL = Training(tokens=64, steps=6, rounding_steps=4, model_steps=4)
 LONG = Training(tokens=64, steps=30, rounding_steps=10, model_steps=60, model_share=0.3)
 
 
@@ -113,7 +115,24 @@ def test_the_stream_may_be_the_output(tmp_path: Path) -> None:
         assert np.isfinite(array).all()
 
 
-SHORT_MODEL = Training(tokens=64, steps=6, rounding_steps=4, model_steps=4)
+@pytest.mark.parametrize("what", ["one sample", "a single token", "zeros", "constant", "duplicates", "outliers of 1e4"])
+def test_awkward_data_end_in_finite_solutions(tmp_path: Path, what: str) -> None:
+    net = language_model()
+    data = samples(1 if what in ("one sample", "a single token") else 8, tokens=1 if what == "a single token" else 16)
+    for feed in data:
+        x = feed["x"]
+        if what == "zeros":
+            x[:] = 0
+        elif what == "constant":
+            x[:] = x[0, 0, 0]
+        elif what == "duplicates":
+            x[..., 1::2] = x[..., ::2]
+        elif what.startswith("outliers"):
+            x[..., 5] = 1e4
+    store = solved(net, ["logits"], data, tmp_path, SHORT_MODEL, Recipe(reconstruct="model"))
+    for array in content(store).values():
+        assert np.isfinite(array).all()
+    assert divergence(net, store, data) < 0.5
 
 
 def test_nothing_is_run_where_everything_is_solved(tmp_path: Path) -> None:
@@ -153,6 +172,21 @@ def test_a_build_by_the_model(tmp_path: Path) -> None:
     assert report.passed
     assert report.recipe is not None
     assert report.recipe["width"] == 256
+
+
+def test_padding_counts_in_no_loss() -> None:
+    target = torch.tensor([[[1.0, 1.0], [2.0, 0.0], [3.0, 4.0]]])
+    y = target + torch.tensor([[[0.1, 0.0], [0.0, 0.2], [9.0, 9.0]]])
+    keep = torch.tensor([[True, True, False]])
+    # 0.01 / 2 and 0.04 / 4.
+    assert float(relative_error(y, target, keep)) == pytest.approx((0.005 + 0.01) / 2)
+    assert float(relative_error(y, target, None)) == pytest.approx((0.005 + 0.01 + 162 / 25) / 3)
+    assert float(relative_error(y[:, :, 0], target[:, :, 0], keep)) > 1  # no tokens to leave out in that shape
+
+
+def test_widths_are_those_of_kernels() -> None:
+    with pytest.raises(UsageError, match="unknown width 512: choose from 128, 256"):
+        Recipe(width=512)
 
 
 @pytest.mark.gpu
