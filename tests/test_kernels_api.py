@@ -411,6 +411,11 @@ def test_w4a4_gemm_refuses(changes: dict[str, Any], said: str) -> None:
         ({"scales": 2}, "scales is 2, not 0 to 1"),
         ({"cache": 1, "value_scale": ALIGNED}, "key_scale is null, and cache is 1"),
         ({"key_scale": ALIGNED}, "key_scale is given, and cache is 0"),
+        (
+            {"cache": 1, "scales": 1, "key_scale": ALIGNED + 4, "value_scale": ALIGNED},
+            "key_scale is 0x100004, which is not aligned to 8 bytes",
+        ),
+        ({"cache": 1, "key_scale": ALIGNED, "value_scale": ALIGNED + 2}, "value_scale is 0x100002, which is not aligned to 4 bytes"),
         ({"variant": 1}, "variant is 1, which is W4A4Gemm wgmma_s8 and no GroupQueryAttention kernel"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),

@@ -361,7 +361,7 @@ Arguments check_attention(const fq_decode_attention_params* params) {
   arguments.range("scales", p.scales, FQ_SCALE_A_TENSOR, FQ_SCALE_A_CHANNEL);
   for (const auto& [name, scale] : {std::pair{"key_scale", p.key_scale}, std::pair{"value_scale", p.value_scale}}) {
     arguments.require((scale != nullptr) == (p.cache == FQ_CACHE_INT8), "%s is %s, and cache is %d", name, scale == nullptr ? "null" : "given", p.cache);
-    arguments.aligned(name, scale, sizeof(float));
+    arguments.aligned(name, scale, p.scales == FQ_SCALE_A_CHANNEL ? 2 * sizeof(float) : sizeof(float));
   }
   check_variant(&arguments, p.variant, "GroupQueryAttention");
   const struct {

@@ -157,7 +157,7 @@ typedef struct fq_decode_attention_params {
   const int32_t* past;  /* [batch]: tokens in the cache (GroupQueryAttention's seqlens_k) */
   void* key;            /* [batch, kv_heads, capacity, head] of dtype or int8, as `cache` says; 16-byte aligned */
   void* value;
-  const float* key_scale;   /* of an int8 cache, as `scales` says; positive. Else NULL */
+  const float* key_scale;   /* of an int8 cache, as `scales` says; positive; 8-byte aligned where there are several. Else NULL */
   const float* value_scale;
   void* y;              /* [batch, heads, head] of dtype */
   int64_t batch;        /* 0 is allowed: nothing to do */
