@@ -86,6 +86,7 @@ def test_options_exist(page: Path) -> None:
     """Every ``--option`` in the text is one of the program's, or of a tool that is named with it."""
     known = {opt for command in leaves().values() for option in command.params for opt in (*option.opts, *option.secondary_opts)}
     others = {"--help", "--regen-golden", "--build", "--install", "--prefix", "--shape", "--plugins", "--past"}
+    others |= {"--llama", "--jobs", "--prepare"}  # of benchmarks.accuracy
     polygraphy = "--onnxrt --trt --model-type --load-inputs --load-outputs --save-outputs --validate --compare --check --snr-threshold"
     others |= {*polygraphy.split(), "--model-input-shapes"}
     for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", page.read_text()):
