@@ -40,7 +40,7 @@ from fqonnx.recipe import Recipe
 from fqonnx.verify import verify
 from tests.graph_text import graph_text
 from tests.rewriting import Builder, mlp, run
-from tests.test_attention import FORM_IDS, FORMS, LOADS, OP, Case, attention_of, lower
+from tests.test_attention import FORM_IDS, FORMS, LOADS, OP, STACK, Case, attention_of, lower
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -470,8 +470,6 @@ def test_lengths_may_be_constant(tmp_path: Path) -> None:
 
 
 # --- Whole models -----------------------------------------------------------------------------------------------------------------------
-
-STACK = decoder.Shape(hidden=256, heads=4, kv_heads=2, intermediate=256, layers=2, positions=64)
 
 
 @pytest.fixture(scope="module")
