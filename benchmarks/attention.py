@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from benchmarks.results import Row, json_option, report, run, seconds_option
-from benchmarks.timing import REPLAY_METHOD, Timer, replayed, versions
+from benchmarks.timing import REPLAY_METHOD, Timer, about, replayed
 from fqonnx.kernels import decode_attention
 
 if TYPE_CHECKING:
@@ -137,8 +137,13 @@ def main(seconds: float, as_json: bool) -> None:
     timer = Timer(seconds)
     bandwidth = timer.copy_bandwidth()
     measured = [measure(case, seconds, bandwidth) for case in CASES]
-    about = {"device": timer.device, "copy_gb_s": bandwidth * 1e-9, "method": REPLAY_METHOD, "versions": versions()}
-    report(f"A step of attention, 512 tokens behind it, on {timer.device}, µs", measured, (OURS, INT8, TORCH), as_json=as_json, **about)
+    report(
+        f"A step of attention, 512 tokens behind it, on {timer.device}, µs",
+        measured,
+        (OURS, INT8, TORCH),
+        as_json=as_json,
+        **about(timer, bandwidth, REPLAY_METHOD),
+    )
 
 
 if __name__ == "__main__":

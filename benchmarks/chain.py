@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from benchmarks.results import Row, json_option, report, run, seconds_option
-from benchmarks.timing import REPLAY_METHOD, Timer, replayed, versions
+from benchmarks.timing import REPLAY_METHOD, Timer, about, replayed
 from fqonnx.kernels import flat_quantize, rms_norm_flat_quantize, silu_mul_flat_quantize, w4a4_gemm
 
 if TYPE_CHECKING:
@@ -122,8 +122,13 @@ def main(seconds: float, as_json: bool) -> None:
     timer = Timer(seconds)
     bandwidth = timer.copy_bandwidth()
     measured = [measure(rows, seconds, bandwidth) for rows in ROWS]
-    about = {"device": timer.device, "copy_gb_s": bandwidth * 1e-9, "method": REPLAY_METHOD, "versions": versions()}
-    report(f"Four layers of Llama-2-7B's sizes on {timer.device}, µs", measured, (APART, EARLY), as_json=as_json, **about)
+    report(
+        f"Four layers of Llama-2-7B's sizes on {timer.device}, µs",
+        measured,
+        (APART, EARLY),
+        as_json=as_json,
+        **about(timer, bandwidth, REPLAY_METHOD),
+    )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from benchmarks.results import Row, WrongResultError, json_option, label, only_option, report, run, seconds_option
-from benchmarks.timing import METHOD, Timer, attempt, versions
+from benchmarks.timing import Timer, about, attempt
 from fqonnx.errors import EngineError
 from fqonnx.ops.kernels import KERNELS, kernel_for
 
@@ -220,8 +220,7 @@ def main(only: str | None, seconds: float, as_json: bool) -> None:
     bandwidth = timer.copy_bandwidth()
     rows = [measure(case, timer, bandwidth) for case in CASES if only is None or re.search(only, label(case.sizes))]
     contenders = [PRODUCTS, UNFUSED, *(kernel.name for kernel in KERNELS if kernel.op == "FlatQuantize")]
-    about = {"device": timer.device, "copy_gb_s": bandwidth * 1e-9, "method": METHOD, "versions": versions()}
-    report(f"FlatQuantize on {timer.device}, µs", rows, contenders, as_json=as_json, **about)
+    report(f"FlatQuantize on {timer.device}, µs", rows, contenders, as_json=as_json, **about(timer, bandwidth))
 
 
 if __name__ == "__main__":

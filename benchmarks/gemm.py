@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from benchmarks.results import Row, WrongResultError, json_option, label, only_option, report, run, seconds_option
-from benchmarks.timing import METHOD, Timer, attempt, versions
+from benchmarks.timing import Timer, about, attempt
 from fqonnx.errors import EngineError
 from fqonnx.ops.kernels import KERNELS, kernel_for
 from fqonnx.ops.layout import LAYOUTS
@@ -240,9 +240,8 @@ def main(only: str | None, tactics: bool, seconds: float, as_json: bool) -> None
             found = {number: time for number, time in row.notes.get("tactics", {}).items() if time is not None}
             click.echo(f"{label(row.case)}: " + ", ".join(f"{number}: {time:.1f}" for number, time in found.items()))
     contenders = [*PEERS, *(kernel.name for kernel in KERNELS if kernel.op == "W4A4Gemm")]
-    about = {"device": timer.device, "copy_gb_s": bandwidth * 1e-9, "method": METHOD, "versions": versions()}
     title = f"W4A4Gemm on {timer.device}, µs (int_mm gets {INT_MM_ROWS} rows at least)"
-    report(title, list(rows.values()), contenders, as_json=as_json, **about)
+    report(title, list(rows.values()), contenders, as_json=as_json, **about(timer, bandwidth))
 
 
 if __name__ == "__main__":

@@ -106,6 +106,11 @@ def attempt(timer: Timer, make: Callable[[], Callable[[], object]]) -> float | N
         return None
 
 
+def about(timer: Timer, bandwidth: float, method: str = METHOD) -> dict[str, Any]:
+    """What a run was, for ``results.report``: device, a copy's ``bandwidth`` in bytes a second, how times were taken, versions."""
+    return {"device": timer.device, "copy_gb_s": bandwidth * 1e-9, "method": method, "versions": versions()}
+
+
 def versions() -> dict[str, Any]:
     """Of what ran."""
     import torch
