@@ -6,6 +6,7 @@ flushed to the disk before one rename puts ``files/`` in place; a build that die
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -97,14 +98,13 @@ class Workspace:
         self._check_out()
         try:
             self._acquire()
-            try:
-                self._prepare()
-            except BaseException:
-                self._release()
-                raise
-        except OSError as error:
-            raise disk_error(error, self.root) or error from error
-        return self
+            self._prepare()
+            return self  # noqa: TRY300 - within, so that no line is left on which an interruption leaves the folder behind
+        except BaseException as error:
+            self._abandon()
+            if isinstance(error, OSError):
+                raise disk_error(error, self.root) or error from error
+            raise
 
     def _check_out(self) -> None:
         if not os.path.lexists(self.out):
@@ -116,30 +116,49 @@ class Workspace:
             raise ArtifactError(f"{self.out} exists: pass --force to replace it, or choose another place with -o")
 
     def _acquire(self) -> None:
-        path = self.root / "lock"
         while True:
             self.root.mkdir(parents=True, exist_ok=True)
             try:
-                lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+                if self._take_lock(os.O_CREAT):
+                    break
             except FileNotFoundError:  # the build that held it has just finished and removed the folder
                 continue
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                holder = os.read(lock, 20).decode() or "?"
-                os.close(lock)
+                assert self._lock is not None
+                holder = os.read(self._lock, 20).decode() or "?"
                 raise ArtifactError(
                     f"process {holder} is building {self.out} right now: wait for it, or choose another place with -o"
                 ) from None
-            try:
-                if os.stat(path).st_ino == os.fstat(lock).st_ino:  # noqa: PTH116 - the descriptor's twin
-                    break
-            except FileNotFoundError:
-                pass
-            os.close(lock)  # locked a file that is gone from the folder: try again
-        os.truncate(lock, 0)
-        os.write(lock, str(os.getpid()).encode())
-        self._lock = lock
+        assert self._lock is not None
+        os.truncate(self._lock, 0)
+        os.write(self._lock, str(os.getpid()).encode())
+
+    def _take_lock(self, flags: int = 0) -> bool:
+        """Lock the file ``lock`` of the folder; False where it is another one by now. Raises BlockingIOError where a build holds it."""
+        path = self.root / "lock"
+        self._lock = os.open(path, os.O_RDWR | flags, 0o644)
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            if os.stat(path).st_ino == os.fstat(self._lock).st_ino:  # noqa: PTH116 - the descriptor's twin
+                return True
+        except FileNotFoundError:
+            pass
+        self._release()
+        return False
+
+    def _abandon(self) -> None:
+        """Undo an entering that failed or was interrupted, at whatever moment: the folder goes, unless it is another build's."""
+        self._release()
+        try:
+            if self._take_lock():
+                self._clear()
+        except FileNotFoundError:
+            with contextlib.suppress(OSError):
+                self.root.rmdir()
+        except OSError:
+            pass  # another build's, or the disk refuses, which is what the user is told anyway
+        finally:
+            self._release()
 
     def _prepare(self) -> None:
         replaced = self.root / "replaced"
@@ -219,10 +238,7 @@ class Workspace:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Remove the workspace, unless the build failed with finished work in it; turn failures to write into one clear line."""
-        keep = not self._committed and self._has_finished_work()
-        if not keep:
-            shutil.rmtree(self.root, ignore_errors=True)
-        self._release()
+        keep = self._clear()
         if error is None:
             return
         mended = disk_error(error, self.root) if isinstance(error, Exception) else None
@@ -231,10 +247,18 @@ class Workspace:
         if mended is not None:
             raise mended from error
 
+    def _clear(self) -> bool:
+        """Remove the folder unless there is finished work of an unfinished build in it; release the lock. Whether it stays."""
+        keep = not self._committed and self._has_finished_work()
+        if not keep:
+            shutil.rmtree(self.root, ignore_errors=True)
+        self._release()
+        return keep
+
     def _release(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            os.close(lock)
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from fqonnx.artifact import MANIFEST, MODEL, Artifact, Workspace, disk_error, open_artifact, write_json, write_manifest
 from fqonnx.errors import ArtifactError
 from fqonnx.recipe import Recipe
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from _typeshed import TraceFunction
 
 VALUES = {"recipe": Recipe(transform="none").to_dict(), "groups": [{"name": "g"}]}
 
@@ -153,6 +159,59 @@ def test_two_builds_into_one_place_do_not_mix(tmp_path: Path) -> None:
         second = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, check=False)
         assert second.returncode == 1
         assert f"process {os.getpid()} is building {out} right now" in second.stderr
+        finish(workspace)
+    assert open_artifact(out).model.read_text() == "model"
+
+
+def interrupted_at(step: int, out: Path, **options: bool) -> bool:
+    """Enter a workspace and interrupt it at the ``step``-th line that runs; whether there were so many."""
+    steps, before = 0, sys.gettrace()
+
+    def trace(frame: FrameType, event: str, _argument: object) -> TraceFunction | None:
+        nonlocal steps
+        if frame.f_code.co_filename != sys.modules[Workspace.__module__].__file__ or frame.f_code.co_name in ("_abandon", "_clear"):
+            return None
+        if event == "line":
+            steps += 1
+            if steps == step:
+                raise KeyboardInterrupt
+        return trace
+
+    workspace = Workspace(out, **options)
+    sys.settrace(trace)
+    try:
+        workspace.__enter__()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    workspace.__exit__(None, None, None)
+    return False
+
+
+@pytest.mark.parametrize("unfinished", [False, True], ids=["new", "unfinished"])
+def test_an_interruption_while_the_place_is_locked_leaves_what_was_there(tmp_path: Path, unfinished: bool) -> None:
+    """Raised at each line in turn, as a signal comes between any two."""
+    out, options = tmp_path / "out", {"resume": unfinished}
+    if unfinished:
+        interrupt(out)
+    step = 1
+    while interrupted_at(step, out, **options):
+        left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.safetensors"))
+        assert left == [".out.partial/work/groups/0000.safetensors"] * unfinished, step
+        assert unfinished or not list(tmp_path.iterdir()), step
+        step += 1
+    assert step > 15
+    make(out, **options)
+
+
+def test_an_interruption_leaves_the_folder_of_another_build(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with Workspace(out) as workspace:
+        for step in range(1, 30):
+            with contextlib.suppress(ArtifactError):
+                interrupted_at(step, out)
+            assert workspace.files.is_dir(), step
         finish(workspace)
     assert open_artifact(out).model.read_text() == "model"
 
