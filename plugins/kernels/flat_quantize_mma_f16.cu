@@ -8,15 +8,14 @@
 //
 // fp16 and bf16 are multiplied as they are. fp32 is split into two bf16 (16 bits of significand, the range of fp32) and multiplied three
 // times.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
 #include <type_traits>
 
+#include "cluster.cuh"
 #include "kernel.h"
 #include "launch.cuh"
 #include "mma.cuh"
+#include "pairs.cuh"
 
 namespace fq {
 namespace {
@@ -81,17 +80,6 @@ constexpr int kPlanes = std::is_same<X, float>::value ? 2 : 1;
 // Lines of x that are in shared memory at once where the factors are not, in all planes.
 constexpr int kSliceLines = 64;
 
-template <typename X>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  if constexpr (std::is_same<X, __half>::value) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  } else {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
-}
-
 // Two values as operands of the tensor cores. The first bf16 of an fp32 is cut off, not rounded, so that the largest fp32 stays finite.
 template <typename X>
 __device__ __forceinline__ void split(float low, float high, uint32_t (&planes)[kPlanes<X>]) {
@@ -131,15 +119,15 @@ __device__ __forceinline__ float rounded(float value) {
 }
 
 template <typename X>
-__device__ __forceinline__ void unpack(const uint4& raw, float* values) {
+__device__ __forceinline__ void unpack_vector(const uint4& raw, float* values) {
   const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if constexpr (std::is_same<X, __half>::value) {
-      const float2 pair = __half22float2(reinterpret_cast<const __half2&>(words[i]));
+      const float2 pair = unpack<X>(words[i]);
       values[2 * i] = pair.x;
       values[2 * i + 1] = pair.y;
-    } else if constexpr (std::is_same<X, __nv_bfloat16>::value) {
+    } else if constexpr (std::is_same<X, __nv_bfloat16>::value) {  // by itself: unpack takes up to eight registers more here
       values[2 * i] = __uint_as_float(words[i] << 16);
       values[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
     } else {
@@ -155,8 +143,8 @@ __device__ __forceinline__ void load(const X* source, float (&values)[kCount]) {
     values[0] = to_float(*source);
   } else {
     const uint4* vectors = reinterpret_cast<const uint4*>(source);
-    unpack<X>(vectors[0], values);
-    if constexpr (std::is_same<X, float>::value) unpack<X>(vectors[1], values + 4);
+    unpack_vector<X>(vectors[0], values);
+    if constexpr (std::is_same<X, float>::value) unpack_vector<X>(vectors[1], values + 4);
   }
 }
 
@@ -993,32 +981,6 @@ constexpr int kSplitWarps = 8;
 constexpr int kSplitItems = 4;  // pieces of 16 x 16 that a warp has at most
 constexpr int kMaxCluster = 8;
 
-__device__ __forceinline__ void cluster_arrive() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void cluster_wait() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-#endif
-}
-
-// Writes to the same place of another block of the cluster.
-__device__ __forceinline__ void store_at(float* place, int block, float value) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "st.shared::cluster.f32 [remote], %2;\n"
-      "}\n" ::"r"(to_shared(place)),
-      "r"(block), "f"(value)
-      : "memory");
-#endif
-}
-
 // Has `count` values on their way to the L2 cache.
 template <typename X>
 __device__ __forceinline__ void prefetch(const void* values, int64_t first, int count) {
@@ -1212,7 +1174,7 @@ __global__ void __launch_bounds__(kSplitWarps* kWarp)
     largest = team.max(largest);
   } else {
     if (!arrived) cluster_wait();
-    if (lane < plan.blocks) store_at(&maxima[rank * kSplitWarps + warp], lane, largest);
+    if (lane < plan.blocks) write_to_block(maxima[rank * kSplitWarps + warp], lane, largest);
     cluster_arrive();
     cluster_wait();
     const int count = plan.blocks * kSplitWarps;

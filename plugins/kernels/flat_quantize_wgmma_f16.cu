@@ -11,15 +11,13 @@
 // Where T is not finite or very small it is computed again, with care: Z may have left fp16's range, or the other row may hold the NaN.
 //
 // A norm or a gate in front is applied to the row in shared memory.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
 #include <cfloat>
 #include <type_traits>
 
 #include "kernel.h"
 #include "launch.cuh"
+#include "pairs.cuh"
 #include "sm90.cuh"
 #include "wgmma.cuh"
 
@@ -95,23 +93,6 @@ struct Shared {
   float squares[kMostTeams][8];                    // a warp's sum of squares
   uint32_t not_finite[kMostTeams][2];              // whether a row of x holds NaN or Inf, while it is computed with care
 };
-
-template <typename Element>
-__device__ __forceinline__ uint32_t pack(float low, float high);
-
-template <>
-__device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
-  uint32_t pair;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-
-template <>
-__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
-  uint32_t pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
 
 // The larger magnitude; NaN where either is NaN.
 __device__ __forceinline__ float larger_magnitude(float a, float b) {
@@ -390,14 +371,6 @@ __device__ __forceinline__ void store_runs(const float (&t)[kRegisters], const R
     store_run<kRun, kWidth>(t, rounding, rows, both, column, packed);
     store_runs<kRun + 1, kN>(t, rounding, rows, inside, n2, thread, packed);
   }
-}
-
-template <typename Element>
-__device__ __forceinline__ float2 unpack(uint32_t pair) {
-  if constexpr (std::is_same_v<Element, __half>)
-    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
-  else
-    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
 }
 
 __device__ __forceinline__ float silu(float value) {

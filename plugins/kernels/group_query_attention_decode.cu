@@ -8,14 +8,12 @@
 // distributed shared memory: no workspace. The code is short, for it comes from memory too.
 //
 // A cache of int8 is code * scale, with a scale for each channel of each head, or one for all.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cfloat>
-#include <type_traits>
 
+#include "cluster.cuh"
 #include "kernel.h"
 #include "launch.cuh"
+#include "pairs.cuh"
 
 namespace fq {
 namespace {
@@ -41,25 +39,6 @@ struct Problem {
   float scale;  // times log2(e)
   bool scale_a_channel;
 };
-
-template <typename Element>
-__device__ __forceinline__ float2 unpack(uint32_t pair) {
-  if constexpr (std::is_same_v<Element, __half>)
-    return __half22float2(reinterpret_cast<const __half2&>(pair));
-  else
-    return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
-}
-
-template <typename Element>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  if constexpr (std::is_same_v<Element, __half>) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  } else {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
-}
 
 // Read once: nobody wants it again in this launch.
 __device__ __forceinline__ void load_once(const void* from, uint32_t (&words)[4]) {
@@ -144,25 +123,6 @@ struct Found {
   float values[kHeads][kHead];
   float largest[kHeads], sum[kHeads];
 };
-
-__device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// The same place in another block of the cluster.
-__device__ __forceinline__ float read_from_block(const float& place, uint32_t block) {
-  float value;
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %1, %2;\n"
-      "ld.shared::cluster.f32 %0, [remote];\n"
-      "}\n"
-      : "=f"(value)
-      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(&place))), "r"(block)
-      : "memory");
-  return value;
-}
 
 // Eight neighbouring elements of x rotated (arXiv 2104.09864, the form that pairs the halves of a head), and those kHead / 2 further on.
 template <typename Element, int kHead>
@@ -433,7 +393,7 @@ __global__ void __launch_bounds__(kThreads, kHead == 64 ? 5 : 4) decode(const Pr
     }
   }
   __syncthreads();
-  cluster_barrier();
+  cluster_arrive(), cluster_wait();
   // A thread finishes one element of a head with what all warps of all blocks found; every block finishes a share of them.
   const int elements = heads * kHead;
 #pragma unroll 1
@@ -456,7 +416,7 @@ __global__ void __launch_bounds__(kThreads, kHead == 64 ? 5 : 4) decode(const Pr
     static_cast<Element*>(p.y)[(sequence * p.heads + head0 + head) * kHead + element] =
         Element(fits ? __fdividef(value, total) : __int_as_float(0x7FC00000));
   }
-  cluster_barrier();  // the others have read this block's memory
+  cluster_arrive(), cluster_wait();  // the others have read this block's memory
 #endif
 }
 

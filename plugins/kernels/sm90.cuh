@@ -1,4 +1,4 @@
-// Hopper's instructions as functions: barriers in shared memory, the bulk tensor copy engine, clusters, warpgroup matrix products' fences.
+// Hopper's instructions as functions: barriers in shared memory, the bulk tensor copy engine, warpgroup matrix products' fences.
 // PTX ISA 9.0: sections 9.7.13 (mbarrier), 9.7.9.27 (cp.async.bulk.tensor), 9.7.15 (wgmma).
 #pragma once
 
@@ -202,18 +202,6 @@ __device__ __forceinline__ void store_wait_read() {
 }
 
 __device__ __forceinline__ void prefetch_second_level(const void* place) { asm volatile("prefetch.global.L2 [%0];" ::"l"(place)); }
-
-// ---- clusters ----
-
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-// For barriers that order no ordinary accesses between blocks.
-__device__ __forceinline__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // ---- warpgroups ----
 

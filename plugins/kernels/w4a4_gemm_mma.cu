@@ -9,14 +9,12 @@
 // long as it is the same for both operands: for the plain layout lane t of a quad takes k = 8t .. 8t + 7 of each 32, and the activations'
 // even and odd bytes are parted; the layout k128 is in the order of ldmatrix already.
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
 #include <type_traits>
 
 #include "kernel.h"
 #include "mma.cuh"
+#include "pairs.cuh"
 
 namespace fq {
 namespace {
@@ -273,13 +271,10 @@ __device__ __forceinline__ void store(void* y, int64_t index, int dtype, const f
   uint32_t words[kCount / 2];
 #pragma unroll
   for (int i = 0; i < kCount / 2; ++i) {
-    if (dtype == FQ_FLOAT16) {
-      const __half2 pair = __floats2half2_rn(values[2 * i], values[2 * i + 1]);
-      words[i] = reinterpret_cast<const uint32_t&>(pair);
-    } else {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
-      words[i] = reinterpret_cast<const uint32_t&>(pair);
-    }
+    if (dtype == FQ_FLOAT16)
+      words[i] = pack<__half>(values[2 * i], values[2 * i + 1]);
+    else
+      words[i] = pack<__nv_bfloat16>(values[2 * i], values[2 * i + 1]);
   }
   uint16_t* to = static_cast<uint16_t*>(y) + index;
   if constexpr (kCount == 2) {

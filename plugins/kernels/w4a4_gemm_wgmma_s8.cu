@@ -9,13 +9,12 @@
 //   few_tokens    bound by the weights' way from memory: all blocks at once, K split over the blocks of a cluster, whose integer sums are
 //                 added through distributed shared memory: no workspace, and the same bits in any order.
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
 
+#include "cluster.cuh"
 #include "kernel.h"
 #include "launch.cuh"
+#include "pairs.cuh"
 #include "sm90.cuh"
 #include "wgmma_s8.cuh"
 
@@ -295,12 +294,7 @@ __device__ __forceinline__ float finish(float sum, float w_scale, float scale, f
 }
 
 __device__ __forceinline__ uint32_t pack_pair(float low, float high, int dtype) {
-  if (dtype == FQ_BFLOAT16) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
-  const __half2 pair = __floats2half2_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(pair);
+  return dtype == FQ_BFLOAT16 ? pack<__nv_bfloat16>(low, high) : pack<__half>(low, high);
 }
 
 __device__ __forceinline__ void store_matrices_transposed(uint32_t address, const uint32_t (&pairs)[4]) {
