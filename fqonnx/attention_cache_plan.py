@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from fqonnx.cache_plan import CachePlan
 from fqonnx.calib.kv_scales import CacheScales, fit_scales
 from fqonnx.errors import ModelError
 from fqonnx.passes import kv_cache_attention
@@ -12,6 +13,7 @@ from fqonnx.passes import kv_cache_attention
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+    from typing import Self
 
     import onnx_ir as ir
     import torch
@@ -26,8 +28,8 @@ FORMAT = "int8"
 
 
 @dataclass(frozen=True)
-class AttentionCachePlan:
-    """How the cache of a model with ``GroupQueryAttention`` is going to be stored; it is used as a ``CachePlan`` is.
+class AttentionCachePlan(CachePlan):
+    """Codes with one scale a channel, measured before.
 
     Attributes:
         caches: From ``kv_cache_attention.find`` on the float model.
@@ -43,8 +45,8 @@ class AttentionCachePlan:
     """Attention is lowered with the other ops, and has to have its final form by then."""
 
     @classmethod
-    def of(cls, model: ir.Model, recipe: Recipe) -> AttentionCachePlan | None:
-        """The plan that the recipe asks for; None where no ``GroupQueryAttention`` has a cache, or it is left in float.
+    def of(cls, model: ir.Model, recipe: Recipe) -> Self | None:
+        """See ``CachePlan``.
 
         Raises:
             ModelError: The format is not int8, or a cache cannot be quantized.
@@ -59,22 +61,20 @@ class AttentionCachePlan:
         return cls(caches, tuple(int(cache.past.dtype.itemsize) for cache in caches if cache.past.dtype is not None))
 
     def transformed(
-        self, model: ir.Model, source: Source, recipe: Recipe, *, workdir: Path, device: str = "cpu", progress: Progress | None = None
-    ) -> AttentionCachePlan:
+        self,
+        model: ir.Model,
+        source: Source,
+        recipe: Recipe,  # noqa: ARG002 - scales depend on the data alone
+        *,
+        workdir: Path,
+        device: str = "cpu",  # noqa: ARG002 - the model is run on the CPU
+        progress: Progress | None = None,
+    ) -> Self:
         """Measure the scales; the model stays as it is.
-
-        Args:
-            model: The float model that the plan is of.
-            source: Calibration data.
-            recipe: Not used: scales depend on the data alone.
-            workdir: Folder for the result.
-            device: Not used: the model is run on the CPU.
-            progress: Told of every sample.
 
         Raises:
             CalibrationError: Keys or values hold NaN or Inf, or there are none.
         """
-        del recipe, device
         return replace(self, solution=fit_scales(model, self.caches, source, workdir=workdir, progress=progress))
 
     def rounding(self) -> dict[ir.Value, Callable[[torch.Tensor], torch.Tensor]]:
@@ -82,31 +82,30 @@ class AttentionCachePlan:
         return {}
 
     def apply(self, model: ir.Model) -> None:
-        """Make the cache int8, in place; before ``quantize_model``."""
+        """See ``CachePlan``; before ``quantize_model``."""
         kv_cache_attention.QuantizeAttentionCache(self.caches, self.solution.scales)(model)
 
     @property
+    def form_name(self) -> str:
+        """See ``CachePlan``."""
+        return FORMAT
+
+    @property
     def bytes_per_token(self) -> tuple[int, int]:
-        """Bytes that all keys and values of one token take, in float and as codes."""
+        """See ``CachePlan``."""
         stored = [cache.heads * cache.size for cache in self.caches]
         return sum(count * width for count, width in zip(stored, self.widths, strict=True)), sum(stored)
 
     @property
-    def summary(self) -> str:
-        """Format and size in words."""
-        in_float, stored = self.bytes_per_token
-        return (
-            f"keys and values are stored as {FORMAT} with one scale a channel: {stored} bytes a token instead of {in_float}, "
-            f"{in_float / stored:.1f} times less"
-        )
+    def how(self) -> str:
+        """See ``CachePlan``."""
+        return "one scale a channel"
+
+    @property
+    def caches_to_dict(self) -> list[dict[str, Any]]:
+        """See ``CachePlan``."""
+        return [{"name": cache.name, **self.solution.metrics[cache.name]} for cache in self.caches]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, for the manifest."""
-        in_float, stored = self.bytes_per_token
-        return {
-            "format": FORMAT,
-            "scales": "static",
-            "bytes_per_token": stored,
-            "float_bytes_per_token": in_float,
-            "caches": [{"name": cache.name, **self.solution.metrics[cache.name]} for cache in self.caches],
-        }
+        return {**super().to_dict(), "scales": "static"}

@@ -19,12 +19,12 @@ import onnx_ir as ir
 from fqonnx import artifact, cache_plan, sensitivity
 from fqonnx import model as model_file
 from fqonnx.attention_cache_plan import AttentionCachePlan
-from fqonnx.cache_plan import CachePlan
 from fqonnx.calib.data.holdout import Part, count_samples, has_free_batch
 from fqonnx.calib.kron import factor
 from fqonnx.calib.record import write_record
 from fqonnx.calib.registry import transform_named, weight_quantizer_named
 from fqonnx.calib.solve import solve
+from fqonnx.concat_cache_plan import ConcatCachePlan
 from fqonnx.engines import EngineOptions, Profile, Profiles, onnxruntime, profiles_from_shapes
 from fqonnx.engines import engine as engine_named
 from fqonnx.errors import DataError, EngineError, ModelError, UsageError
@@ -42,6 +42,7 @@ from fqonnx.sizes import constant_bytes, constants
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from fqonnx.cache_plan import CachePlan
     from fqonnx.calib.data import Source
     from fqonnx.calib.solution import GroupSolution
     from fqonnx.calib.stores import SolutionStore, StatsStore
@@ -50,6 +51,9 @@ if TYPE_CHECKING:
     from fqonnx.recipe import Scheme
     from fqonnx.report import EngineReport
     from fqonnx.sensitivity import Mix
+
+CACHE_PLANS: tuple[type[CachePlan], ...] = (AttentionCachePlan, ConcatCachePlan)
+"""In the order in which they are asked whether a model's cache is theirs."""
 
 MAX_ERROR = 0.5
 """Bound on the error where nothing is asked for: far above what a good recipe costs, and below what a ruined model shows."""
@@ -340,7 +344,7 @@ class FloatModel:
     found: Linears
     fingerprint: str
     float_bytes: int
-    cache: CachePlan | AttentionCachePlan | None = None
+    cache: CachePlan | None = None
 
     @classmethod
     def read(cls, path: Path, recipe: Recipe) -> FloatModel:
@@ -359,7 +363,8 @@ class FloatModel:
         found = find_for(model, recipe)
         if not found.groups:
             raise ModelError(f"{path} has nothing to quantize: {_why_nothing(found)}")
-        return cls(path, model, found, fingerprint, float_bytes, AttentionCachePlan.of(model, recipe) or CachePlan.of(model, recipe))
+        plans = (plan for kind in CACHE_PLANS if (plan := kind.of(model, recipe)) is not None)
+        return cls(path, model, found, fingerprint, float_bytes, next(plans, None))
 
     def with_transformed_cache(self, data: Data, recipe: Recipe, workdir: Path, device: str, progress: Progress) -> FloatModel:
         """The same model, in place, with transforms of keys and values in it that leave what it computes as it is.

@@ -1,119 +1,119 @@
-"""What a build does about a decoder's cache of keys and values: find it, fit transforms, store it, compare it with the float one."""
+"""What a build does about a decoder's cache of keys and values: find it, fit what storing it needs, store it, compare with the original."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from fqonnx import model as model_file
-from fqonnx.calib.kv import CacheSolution, fit, method_for, stored
-from fqonnx.calib.roles import padding_mask
+from fqonnx.calib.kv import CacheSolution
 from fqonnx.errors import ModelError
 from fqonnx.passes import kv_cache, kv_cache_attention
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+    from typing import Self
 
     import onnx_ir as ir
     import torch
 
     from fqonnx.calib.data.base import Source
-    from fqonnx.passes.kv_cache import CacheLayer
-    from fqonnx.passes.kv_cache_formats import Format
     from fqonnx.progress import Progress
     from fqonnx.recipe import Recipe
 
 FILE = "kv_cache.safetensors"
-"""The transforms in a build directory: by cache name fp32 ``[heads or 1, size, size]``."""
+"""What calibration found for the caches, in a build directory: transforms or scales."""
 
 
-@dataclass(frozen=True)
-class CachePlan:
-    """How the cache of a model is going to be stored.
+class Solution(Protocol):
+    """What calibration found for the caches."""
 
-    Attributes:
-        layers: Its layers in the float model.
-        form: Its format.
-        solution: Its transforms; none before ``transformed``.
-    """
+    def save(self, path: Path) -> None:
+        """Write it as a safetensors file."""
+        ...
 
-    layers: tuple[CacheLayer, ...]
-    form: Format
-    solution: CacheSolution
+
+class CachePlan(ABC):
+    """How the cache of a model is going to be stored: one class for each way that graphs have of keeping it."""
 
     applied_first: ClassVar[bool] = False
-    """Whether ``apply`` comes before the linears are rewritten."""
+    """Whether ``apply`` comes before the linears are rewritten, not after."""
+
+    solution: Solution
 
     @classmethod
-    def of(cls, model: ir.Model, recipe: Recipe) -> CachePlan | None:
-        """The plan that the recipe asks for; None where it leaves the cache in float.
+    @abstractmethod
+    def of(cls, model: ir.Model, recipe: Recipe) -> Self | None:
+        """The plan that the recipe asks for; None where the model has no such cache, or the recipe leaves it in float.
 
         Raises:
-            ModelError: The model has no cache, or one that cannot be quantized.
+            ModelError: The cache cannot be quantized, or not as the recipe asks.
         """
-        if recipe.kv == "none":
-            return None
-        return cls(kv_cache.find(model), kv_cache.FORMATS[recipe.kv], CacheSolution({}, {}))
 
+    @abstractmethod
     def transformed(
         self, model: ir.Model, source: Source, recipe: Recipe, *, workdir: Path, device: str = "cpu", progress: Progress | None = None
-    ) -> CachePlan:
-        """Fit transforms of keys and values and put them into the model, which computes the same as before.
+    ) -> Self:
+        """Fit the solution, and change the model where that needs it; it computes the same as before.
+
+        Args:
+            model: The float model that the plan is of.
+            source: Calibration data.
+            recipe: How to fit.
+            workdir: Folder for the result.
+            device: Where to fit.
+            progress: Told of every sample.
 
         Raises:
             CalibrationError: Keys or values hold NaN or Inf.
         """
-        solution = fit(
-            model,
-            self.layers,
-            source,
-            self.form,
-            method=method_for(recipe.transform),
-            workdir=workdir,
-            seed=recipe.seed,
-            steps=recipe.steps,
-            device=device,
-            mask=padding_mask(model),
-            progress=progress,
-        )
-        kv_cache.TransformCache(self.layers, solution.transforms)(model)
-        return replace(self, solution=solution)
 
+    @abstractmethod
     def rounding(self) -> dict[ir.Value, Callable[[torch.Tensor], torch.Tensor]]:
         """What storing does, by value of the model: what attention reads of each cache, in torch and differentiable."""
-        caches = [cache for layer in self.layers for cache in (layer.key, layer.value)]
-        return {cache.concat.outputs[0]: partial(stored, form=self.form) for cache in caches}
 
+    @abstractmethod
     def apply(self, model: ir.Model) -> None:
-        """Give the cache its format, in place; after ``quantize_model``."""
-        kv_cache.QuantizeCache(self.layers, self.form)(model)
+        """Give the cache its format, in place."""
 
     @property
+    @abstractmethod
+    def form_name(self) -> str:
+        """The format, one of ``fqonnx.recipe.KV_CACHES``."""
+
+    @property
+    @abstractmethod
     def bytes_per_token(self) -> tuple[int, int]:
         """Bytes that all keys and values of one token take, in float and in the format."""
-        caches = [cache for layer in self.layers for cache in (layer.key, layer.value)]
-        in_float = sum(cache.heads * cache.size * cache.dtype.numpy().itemsize for cache in caches)
-        return in_float, sum(cache.heads * self.form.bytes_per_vector(cache.size, cache.dtype) for cache in caches)
+
+    @property
+    @abstractmethod
+    def how(self) -> str:
+        """Scales and transforms in words, for the summary."""
+
+    @property
+    @abstractmethod
+    def caches_to_dict(self) -> list[dict[str, Any]]:
+        """A dictionary of plain JSON types for each cache: its name and what was measured."""
 
     @property
     def summary(self) -> str:
-        """Format, size and transforms in words."""
+        """Format, size, scales and transforms in words."""
         in_float, stored = self.bytes_per_token
         return (
-            f"keys and values are stored as {self.form.name}: {stored} bytes a token instead of {in_float}, "
-            f"{in_float / stored:.1f} times less; their transforms: {self.solution.summary}"
+            f"keys and values are stored as {self.form_name}: {stored} bytes a token instead of {in_float}, "
+            f"{in_float / stored:.1f} times less; {self.how}"
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, for the manifest."""
         in_float, stored = self.bytes_per_token
         return {
-            "format": self.form.name,
+            "format": self.form_name,
             "bytes_per_token": stored,
             "float_bytes_per_token": in_float,
-            "caches": [{"name": name, **self.solution.metrics.get(name, {})} for name in self.solution.transforms],
+            "caches": self.caches_to_dict,
         }
 
 

@@ -18,9 +18,10 @@ from onnx import TensorProto, helper
 from fqonnx import model as model_file
 from fqonnx.bench import bench
 from fqonnx.build import build
-from fqonnx.cache_plan import FILE, CachePlan, comparable
+from fqonnx.cache_plan import FILE, comparable
 from fqonnx.calib import kv
 from fqonnx.calib.chunks import HELD_OUT
+from fqonnx.concat_cache_plan import ConcatCachePlan
 from fqonnx.decoding import Decoder
 from fqonnx.errors import CalibrationError, ModelError, UsageError
 from fqonnx.passes import kv_cache, linears
@@ -592,7 +593,7 @@ def test_a_build_with_a_quantized_cache(decoder_file: Path, tmp_path: Path) -> N
 
 
 def test_a_plan_is_made_only_where_the_recipe_asks(decoder_file: Path) -> None:
-    assert CachePlan.of(load(decoder_file), Recipe()) is None
+    assert ConcatCachePlan.of(load(decoder_file), Recipe()) is None
 
 
 def test_other_engines_are_refused(decoder_file: Path, tmp_path: Path) -> None:
@@ -697,7 +698,7 @@ def test_blocks_are_trained_with_the_cache_in_the_loop(
     texts = Texts(feeds(24, batch=1, seed=seed) for seed in range(HELD_OUT))
     recipe = Recipe(kv=name, weights="rtn", scheme="w8a8", transform="hadamard", reconstruct="block")
     model = load(decoder_file)
-    plan = CachePlan.of(model, recipe)
+    plan = ConcatCachePlan.of(model, recipe)
     assert plan is not None
     plan = plan.transformed(model, texts, recipe, workdir=tmp_path)
     groups = linears.find(model).groups
