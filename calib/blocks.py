@@ -34,7 +34,8 @@ class Block:
 
     Attributes:
         name: For messages.
-        input: The residual stream before it; None for the first block, which begins at the model's inputs.
+        input: The residual stream before it. None where the first block begins at the model's inputs: nothing that is computed before
+            its groups crosses alone.
         output: The residual stream behind it.
         groups: In graph order.
     """
@@ -63,7 +64,7 @@ def find_blocks(model: ir.Model, groups: Sequence[LinearGroup]) -> tuple[Block, 
     cuts = graph.cuts(ordered, places)
     spans: list[tuple[ir.Value | None, ir.Value, list[LinearGroup]]] = []
     remaining = list(ordered)
-    start: ir.Value | None = None
+    start = graph.entrance(places[ordered[0]][0])
     for cut in cuts:
         inside = [group for group in remaining if places[group][1] <= graph.position(cut)]
         if not inside:
@@ -159,6 +160,10 @@ class _Stream:
             elif first is not None and self._alike(first, value):
                 chosen[-1] = value
         return chosen
+
+    def entrance(self, first: int) -> ir.Value | None:
+        """The last value that crosses alone before the node ``first``: what makes it (embeddings, convolutions) is no block's."""
+        return max((value for value in self._single if self.position(value) < first), key=self.position, default=None)
 
     def attends(self, start: ir.Value | None, end: ir.Value) -> bool:
         """Whether tokens meet between two cuts: a product of two activations, or an attention operator."""

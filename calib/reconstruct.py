@@ -24,6 +24,7 @@ import torch
 from fqonnx.calib.blocks import find_blocks
 from fqonnx.calib.chunks import Chunks
 from fqonnx.calib.descent import side_stream
+from fqonnx.calib.front import run_front
 from fqonnx.calib.reconstruct_block import BlockReconstruction, Training
 from fqonnx.calib.reconstruct_model import ModelReconstruction, Tail
 from fqonnx.calib.solve import library_versions
@@ -113,6 +114,8 @@ def reconstruct(
         Chunks(source, workdir, tokens=training.tokens, stacks=stacks, mask=mask, device=where) as chunks,
         _errors_of_memory(blocks),
     ):
+        if blocks[0].input is not None:
+            run_front(model, blocks[0].input, chunks, sizes, workdir=workdir)
         parts = []
         for block in blocks:
             part = BlockReconstruction(block, chunks, recipe, training, where, sizes, changes)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from fqonnx.passes.constants import is_float
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -124,8 +126,8 @@ def padding_mask(model: ir.Model) -> str | None:
 def sequence_limit(model: ir.Model) -> int | None:
     """The longest sequence that tables of positions inside the graph allow; None where nothing in it does.
 
-    Sizes of inputs (``Shape``) are followed into ``Range`` and on to lookups, and into ends of ``Slice`` on constants; running sums of
-    integers (``CumSum`` of a mask) likewise.
+    Sizes of inputs (``Shape``) are followed into ``Range`` and on to lookups, and into ends of ``Slice`` on constants; running sums
+    (``CumSum`` of a mask) likewise.
     """
     walk = _Walk(model)
     evidence = _Evidence(counts=True)
@@ -134,7 +136,7 @@ def sequence_limit(model: ir.Model) -> int | None:
         walk.follow(value, evidence)
     for node in model.graph.all_nodes():
         # A running sum counts from 1 on, where Range does from 0.
-        if node.op_type == "CumSum" and node.outputs[0].dtype in _INTEGERS:
+        if node.op_type == "CumSum" and (node.outputs[0].dtype in _INTEGERS or is_float(node.outputs[0].dtype)):
             walk.follow(node.outputs[0], evidence, offset=1)
     if evidence.high is not None:
         limits.append(evidence.high)

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 
 from fqonnx.calib.torch_ops import DTYPES, OPERATORS, UnsupportedError
-from fqonnx.errors import ModelError
+from fqonnx.errors import CalibrationError, ModelError
 from fqonnx.passes.constants import is_constant, read
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Sizes = dict[tuple[object, ...], dict[str, torch.Tensor]]
 """Outputs of ``Shape`` nodes by the shapes of the feeds: they outlive the part of the graph that made them."""
+
 
 CACHED_SHAPES = 8
 """Shapes of feeds whose masks and position tables are kept; others are computed anew."""
@@ -94,9 +95,12 @@ class TorchGraph:
 
         Returns:
             The outputs by name.
+
+        Raises:
+            CalibrationError: An index that the feeds lead to is out of range.
         """
         changes = changes or {}
-        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in sorted((feeds if key is None else key).items()))
+        shapes = shapes_of(feeds if key is None else key)
         sizes = self._sizes.setdefault(shapes, {})
         static = self._static.get(shapes)
         ready = static is not None
@@ -136,6 +140,8 @@ class TorchGraph:
             result = operator(node, *self._together(node, operands))
         except UnsupportedError as error:
             raise _unsupported(node, str(error)) from None
+        except IndexError as error:
+            raise CalibrationError(f"node {node.name!r} ({node.op_type}): {error}: an id or a position lies beyond its table") from None
         results = result if isinstance(result, tuple) else (result,)
         values.update((value, made) for value, made in zip(node.outputs, results, strict=False) if made is not None)
 
@@ -237,13 +243,18 @@ class TorchGraph:
 
 _HOST_OPERANDS: dict[str, range] = {
     **dict.fromkeys(("Reshape", "Expand", "Unsqueeze", "Squeeze", "Split", "Tile", "Trilu", "CumSum"), range(1, 2)),
-    **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceSumSquare"), range(1, 2)),
+    **{f"Reduce{kind}": range(1, 2) for kind in ("L1", "L2", "Max", "Mean", "Min", "Sum", "SumSquare")},
     "ConstantOfShape": range(1),
     "Pad": range(1, 4),
     "Range": range(3),
     "Slice": range(1, 5),
 }
 """Operands that are read on the CPU."""
+
+
+def shapes_of(feeds: Mapping[str, torch.Tensor]) -> tuple[object, ...]:
+    """The key of ``Sizes``."""
+    return tuple((name, tuple(tensor.shape)) for name, tensor in sorted(feeds.items()))
 
 
 def _is_size(value: ir.Value) -> bool:

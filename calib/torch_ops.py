@@ -446,6 +446,8 @@ OPERATORS: dict[tuple[str, str], Operator] = {
     ("", "RMSNormalization"): _rms_norm,
     ("", "Range"): _range,
     ("", "Reciprocal"): _unary(torch.reciprocal),
+    ("", "ReduceL1"): _reduce(lambda x, axes, keep: torch.sum(x.abs(), axes, keep, dtype=x.dtype)),
+    ("", "ReduceL2"): _reduce(lambda x, axes, keep: torch.linalg.vector_norm(x, 2, axes, keep)),
     ("", "ReduceMax"): _reduce(torch.amax),
     ("", "ReduceMean"): _reduce(torch.mean),
     ("", "ReduceMin"): _reduce(torch.amin),

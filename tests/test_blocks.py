@@ -28,8 +28,12 @@ def names(blocks: tuple[Block, ...]) -> list[list[str]]:
     return [[linear.name for group in block.groups for linear in group.linears] for block in blocks]
 
 
-def chained(blocks: tuple[Block, ...]) -> bool:
-    return blocks[0].input is None and all(a.output is b.input for a, b in pairwise(blocks))
+def chained(blocks: tuple[Block, ...], *front: str) -> bool:
+    """Whether each block begins where the one before ends, the first at what an operator of ``front`` makes, or at the model's inputs."""
+    first = None if blocks[0].input is None else blocks[0].input.producer()
+    return (first is None if not front else first is not None and first.op_type in front) and all(
+        a.output is b.input for a, b in pairwise(blocks)
+    )
 
 
 def layer(name: str) -> list[str]:
@@ -148,7 +152,7 @@ def test_exported_decoders(tmp_path, dynamo: bool, norm: str) -> None:  # type: 
     assert len(found) == 3
     assert [group for block in found for group in block.groups] == list(groups)
     assert all(len(block.groups) == 4 for block in found)
-    assert chained(found)
+    assert chained(found, "Gather", "Cast")
 
 
 class Vision(torch.nn.Module):
@@ -175,6 +179,7 @@ def test_an_exported_vision_transformer(tmp_path) -> None:  # type: ignore[no-un
     model = prepare(model_file.load(tmp_path / "m.onnx"))
     found = find_blocks(model, find(model).groups)
     assert [len(block.groups) for block in found][:2] == [4, 4]
+    assert chained(found, "Concat")
     # The last block aims at all tokens, not at the class token alone.
     assert found[1].output.shape is not None
     assert found[1].output.shape[-1] == HIDDEN

@@ -294,10 +294,28 @@ def summed_positions(rows: int) -> onnx.ModelProto:
     return build(nodes, [ids()], {"one": 1, "places": table(rows), "table": table(50)})
 
 
+def summed_ones(rows: int) -> onnx.ModelProto:
+    """Positions as a running sum of a mask that the graph makes itself, in fp32 and two rows further down, as OPT does."""
+    nodes = [
+        node("Shape", ["tokens"], ["size"]),
+        node("Expand", ["one", "size"], ["ones"]),
+        node("CumSum", ["ones", "axis"], ["count"]),
+        node("Mul", ["count", "ones"], ["masked"]),
+        node("Sub", ["masked", "one"], ["numbers"]),
+        node("Cast", ["numbers"], ["whole"], to=INT),
+        node("Add", ["whole", "two"], ["index"]),
+        node("Gather", ["places", "index"], ["p"]),
+        node("Gather", ["table", "tokens"], ["e"]),
+        node("Add", ["e", "p"], ["y"]),
+    ]
+    return build(nodes, [ids()], {"one": np.float32(1), "axis": 1, "two": 2, "places": table(rows), "table": table(50)})
+
+
 @pytest.mark.parametrize(
     ("proto", "limit"),
     [
         (summed_positions(33), 31),
+        (summed_ones(33), 31),
         (inner_positions(33), 33),
         (inner_positions(33, 2), 31),
         (sliced_positions(20), 20),

@@ -95,7 +95,7 @@ CASES: list[tuple[str, list[Array | None], dict[str, Any]]] = [
     ("Pad", [X, ints(0, 1, 0, 0, 0, 2), np.float32(3)], {}),
     ("Pad", [X, ints(1, 2), None, ints(-1)], {}),
     ("Tile", [X, ints(1, 2, 1)], {}),
-    *((f"Reduce{op}", [X, ints(-1)], {}) for op in ("Mean", "Sum", "Max", "Min", "SumSquare")),
+    *((f"Reduce{op}", [X, ints(-1)], {}) for op in ("Mean", "Sum", "Max", "Min", "SumSquare", "L1", "L2")),
     ("ReduceMean", [X, ints(0, 2)], {"keepdims": 0}),
     ("ReduceSum", [X], {}),
     ("ReduceSum", [X], {"noop_with_empty_axes": 1}),
