@@ -58,6 +58,7 @@ class Chunks:
         self._room = int(DEVICE_SHARE * torch.cuda.mem_get_info(self._device)[0]) if self._device.type == "cuda" else 0
         self._mask = mask
         self._names: list[str] = []
+        self._lasting: set[str] = {"mask"}
         self._padded: set[int] = set()
         self.rows: list[int] = []
         pending: dict[tuple[tuple[int, ...], ...], list[Feeds]] = {}
@@ -97,9 +98,11 @@ class Chunks:
         """``[batch, sequence]``: what is not padding; None where the data have no padding mask, or it masks nothing."""
         return self.get("mask", chunk) if chunk in self._padded else None
 
-    def put(self, stream: str, chunk: int, activation: torch.Tensor) -> None:
-        """Keep a chunk's activation."""
+    def put(self, stream: str, chunk: int, activation: torch.Tensor, *, lasting: bool = False) -> None:
+        """Keep a chunk's activation, where it is ``lasting`` beyond ``advance``."""
         activation = activation.detach()
+        if lasting:
+            self._lasting.add(stream)
         if self._device.type == "cuda" and activation.nbytes <= self._room:
             self._room -= activation.nbytes
             self._near[stream, chunk] = activation.to(self._device).clone()
@@ -113,13 +116,12 @@ class Chunks:
         return torch.from_numpy(self._live.get(stream, chunk)).to(self._device) if near is None else near
 
     def advance(self, streams: dict[str, str]) -> None:
-        """Drop all streams but some, and give those new names: ``{new: old}``."""
-        same = {"mask", *(f"feed {name}" for name in self._names)}
-        renamed = {old: new for new, old in streams.items()} | {name: name for name in same}
+        """Drop all streams but lasting ones and some others, and give those new names: ``{new: old}``."""
+        renamed = {old: new for new, old in streams.items()} | {name: name for name in self._lasting}
         near = {(renamed[name], chunk): tensor for (name, chunk), tensor in self._near.items() if name in renamed}
         self._room += sum(tensor.nbytes for tensor in self._near.values()) - sum(tensor.nbytes for tensor in near.values())
         self._near = near
-        self._live.rename({new: old for new, old in streams.items() if old in self._far}, keep=same)
+        self._live.rename({new: old for new, old in streams.items() if old in self._far}, keep=self._lasting)
         self._far = {renamed[name] for name in self._far if name in renamed}
 
     def order(self, steps: int, seed: int) -> list[int]:
@@ -134,7 +136,7 @@ class Chunks:
         stacked = alike[0] if len(alike) == 1 else {name: np.concatenate([feed[name] for feed in alike]) for name in alike[0]}
         chunk = len(self.rows)
         for name, array in stacked.items():
-            self.put(f"feed {name}", chunk, torch.from_numpy(np.ascontiguousarray(array)))
+            self.put(f"feed {name}", chunk, torch.from_numpy(np.ascontiguousarray(array)), lasting=True)
         if self._mask is not None and not (shown := stacked[self._mask] != 0).all():
             self._padded.add(chunk)
             self.put("mask", chunk, torch.from_numpy(shown))

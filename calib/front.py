@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from fqonnx.calib.torch_graph import Sizes
 
 
-def run_front(model: ir.Model, entrance: ir.Value, chunks: Chunks, sizes: Sizes, *, workdir: Path) -> None:
+FRONT = "front"
+"""The stream before the first block, where it is kept for training behind the blocks."""
+
+
+def run_front(model: ir.Model, entrance: ir.Value, chunks: Chunks, sizes: Sizes, *, workdir: Path, lasting: bool = False) -> None:
     """Put the residual stream before the first block into ``chunks``, as ``float`` and as ``quantized``.
 
     Args:
@@ -32,6 +36,7 @@ def run_front(model: ir.Model, entrance: ir.Value, chunks: Chunks, sizes: Sizes,
         chunks: Feeds; gets the streams.
         sizes: Gets the outputs of those ``Shape`` nodes that the blocks may ask for and that measure something in front of them.
         workdir: Folder for activations that do not fit in memory.
+        lasting: Put it there as ``FRONT`` too, which stays.
 
     Raises:
         CalibrationError: ONNX Runtime fails on the data.
@@ -45,6 +50,8 @@ def run_front(model: ir.Model, entrance: ir.Value, chunks: Chunks, sizes: Sizes,
             x = torch.from_numpy(values[stream]).float()
             chunks.put("float", chunk, x)
             chunks.put("quantized", chunk, x)
+            if lasting:
+                chunks.put(FRONT, chunk, x, lasting=True)
         found = {name: torch.from_numpy(array) for name, array in values.items() if name in measured}
         sizes.setdefault(shapes_of(chunks.feeds(chunk)), {}).update(found)
 

@@ -115,7 +115,7 @@ def reconstruct(
         _errors_of_memory(blocks),
     ):
         if blocks[0].input is not None:
-            run_front(model, blocks[0].input, chunks, sizes, workdir=workdir)
+            run_front(model, blocks[0].input, chunks, sizes, workdir=workdir, lasting=together)
         parts = []
         for block in blocks:
             part = BlockReconstruction(block, chunks, recipe, training, where, sizes, changes)

@@ -14,6 +14,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fqonnx.calib.descent import Descent
+from fqonnx.calib.front import FRONT
 from fqonnx.calib.reconstruct_block import INPUT, MASK, fast_products, fed, mean_over, prepare_rounded, relative_error, step_inputs
 from fqonnx.calib.solve import group_seed
 from fqonnx.calib.torch_graph import TorchGraph
@@ -94,7 +95,7 @@ def _behind(value: ir.Value) -> set[ir.Value]:
 class ModelReconstruction:
     """The blocks of a model, trained together.
 
-    Streams in ``chunks``: ``float`` is what the last block gives in the float model.
+    Streams in ``chunks``: ``float`` is what the last block gives in the float model, ``FRONT`` what the first one is given, if anything.
 
     Args:
         parts: The blocks, each trained and rounded by itself before.
@@ -133,14 +134,15 @@ class ModelReconstruction:
         def loss(inputs: Tensors) -> torch.Tensor:
             prepare_rounded(groups.values())
             feeds = fed(inputs)
-            y: torch.Tensor | None = None
+            y = inputs.get(FRONT)
             for part in self._parts:
                 y = checkpoint(part.forward, feeds, y, groups, use_reentrant=False, preserve_rng_state=False)
             assert y is not None
             return self._tail.error(feeds, y, inputs[INPUT], inputs.get(MASK))
 
         def inputs_of(chunk: int) -> dict[str, torch.Tensor]:
-            return step_inputs(chunks, chunk, {INPUT: chunks.get("float", chunk)})
+            front = None if self._parts[0].block.input is None else chunks.get(FRONT, chunk)
+            return step_inputs(chunks, chunk, {INPUT: chunks.get("float", chunk), FRONT: front})
 
         @torch.no_grad()
         def held_out() -> float:

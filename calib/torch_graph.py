@@ -212,7 +212,7 @@ class TorchGraph:
                     continue
             done.add(value)
         self._inputs = tuple(inputs)
-        return steps, constants, carried
+        return _measuring(inputs, steps), constants, carried
 
     def _static_values(self) -> frozenset[ir.Node]:
         """Nodes whose results depend on nothing but constants and shapes."""
@@ -239,6 +239,20 @@ class TorchGraph:
             if value not in kept:
                 ends.setdefault(index, []).append(value)
         return ends
+
+
+def _measuring(inputs: Sequence[ir.Value], steps: Sequence[ir.Node | ir.Value]) -> list[ir.Node | ir.Value]:
+    """The steps, and every ``Shape`` of what they read and make: a part behind this one may ask for a size that it cannot measure."""
+    present = {step for step in steps if isinstance(step, ir.Node)}
+
+    def sizes(values: Iterable[ir.Value]) -> list[ir.Node]:
+        found = dict.fromkeys(node for value in values for node, _ in value.uses() if (node.domain, node.op_type) == ("", "Shape"))
+        return [node for node in found if node not in present]
+
+    measuring: list[ir.Node | ir.Value] = [*sizes(inputs)]
+    for step in steps:
+        measuring += [step, *sizes([step] if isinstance(step, ir.Value) else step.outputs)]
+    return measuring
 
 
 _HOST_OPERANDS: dict[str, range] = {

@@ -82,7 +82,7 @@ class NormSite:
 
 @dataclass(frozen=True, eq=False)
 class LinearGroup:
-    """Linears of one graph that read the same value: they share one transform, one clip and one quantized input.
+    """Linears of one layer that read the same value: they share one transform, one clip and one quantized input.
 
     Attributes:
         name: Unique and stable across runs; joins the linears' names (``layers.0.q_proj+k_proj+v_proj`` where a prefix is shared).

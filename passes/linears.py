@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from fqonnx.passes.apart import set_apart
 from fqonnx.passes.constants import dtype_of, is_constant, is_float, read, shape_of, sources
 from fqonnx.passes.edit import CACHE_TAG
 from fqonnx.passes.groups import Array, LeftInFloat, Linear, LinearGroup, Linears
@@ -410,15 +411,19 @@ def _groups(linears: Sequence[Linear]) -> tuple[LinearGroup, ...]:
     by_input: dict[ir.Value, list[Linear]] = {}
     for linear in linears:
         by_input.setdefault(linear.input, []).append(linear)
+    order = {linear: place for place, linear in enumerate(linears)}
+    graph = linears[0].nodes[0].graph if linears else None
+    places = {node: place for place, node in enumerate(graph or ())}
+    runs = [run for members in by_input.values() for run in set_apart(members, linears, places)]
     names = _Names()
     return tuple(
         LinearGroup(
             name=names.unique(_group_name([linear.name for linear in members])),
-            input=value,
+            input=members[0].input,
             linears=tuple(members),
-            norm=find_site(value, members[0].in_features, [linear.nodes[0] for linear in members]),
+            norm=find_site(members[0].input, members[0].in_features, [linear.nodes[0] for linear in members]),
         )
-        for value, members in by_input.items()
+        for members in sorted(runs, key=lambda run: order[run[0]])
     )
 
 

@@ -13,6 +13,7 @@ from onnx_ir.passes.common import (
 
 from fqonnx.errors import ModelError
 from fqonnx.model import require_float
+from fqonnx.passes.move_shapes import MoveShapes
 from fqonnx.passes.opset import RaiseOpset
 from fqonnx.passes.shapes import InferShapes
 
@@ -94,6 +95,7 @@ PREPARE: tuple[ir.passes.InPlacePass, ...] = (
     RemoveUnusedOpsetsPass(),
     NameNodes(),
     InferShapes(),
+    MoveShapes(),
 )
 """The passes of ``prepare``, in order. Opsets come first: a function can only be inlined into a graph of its own opset."""
 

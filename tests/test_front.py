@@ -90,10 +90,11 @@ def test_streams_and_sizes_are_those_of_onnx_runtime(tmp_path: Path) -> None:
                 np.testing.assert_allclose(x.numpy(), expected[block.output.name or ""], atol=1e-4)
 
 
-def test_blocks_behind_any_front_are_trained(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reconstruction", ["block", "model"])
+def test_blocks_behind_any_front_are_trained(tmp_path: Path, reconstruction: str) -> None:
     model, data = image_model(), images(24)
-    groups, recipe = find(model).groups, Recipe(reconstruct="block", weights="rtn", scheme="w8a8")
-    training = Training(tokens=64, steps=20, rounding_steps=10)
+    groups, recipe = find(model).groups, Recipe(reconstruct=reconstruction, weights="rtn", scheme="w8a8")
+    training = Training(tokens=64, steps=20, rounding_steps=10, model_steps=8)
     store = reconstruct(model, groups, data, recipe, workdir=tmp_path, fingerprint="f", stacks=True, training=training)
     quantized = quantize_model(model, groups, store, recipe, None)
     feed = images(1, seed=1)[0]
