@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 Sizes = dict[tuple[object, ...], dict[str, torch.Tensor]]
 """Outputs of ``Shape`` nodes by the shapes of the feeds: they outlive the part of the graph that made them."""
 
-
 CACHED_SHAPES = 8
 """Shapes of feeds whose masks and position tables are kept; others are computed anew."""
 

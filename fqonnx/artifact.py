@@ -83,6 +83,7 @@ class Workspace:
         self.root = self.out.parent / f".{self.out.name}.partial"
         self.files = self.root / "files"
         self.work = self.root / "work"
+        self._replaced = self.root / "replaced"
         self._force = force
         self._resume = resume
         self._lock: int | None = None
@@ -161,9 +162,7 @@ class Workspace:
             self._release()
 
     def _prepare(self) -> None:
-        replaced = self.root / "replaced"
-        if replaced.exists() and not self.out.exists():  # a build was killed between the two renames of ``commit``
-            replaced.rename(self.out)
+        if self._put_back():
             self._check_out()
         if self.work.exists() and not self._resume:
             if not self._force and self._has_finished_work():
@@ -171,7 +170,7 @@ class Workspace:
                     f"an unfinished build of {self.out} is in {self.root}: continue it with --resume, or start over with --force"
                 )
             shutil.rmtree(self.work)
-        for leftover in (self.files, replaced):
+        for leftover in (self.files, self._replaced):
             shutil.rmtree(leftover, ignore_errors=True)
         if self._resume and not self.work.exists():
             _log.info("nothing to resume in %s: starting from the beginning", self.root)
@@ -224,15 +223,9 @@ class Workspace:
         for path in sorted(self.files.rglob("*")):
             sync(path)
         sync(self.files)
-        replaced = self.root / "replaced"
         if self.out.exists():
-            self.out.rename(replaced)
-        try:
-            self.files.rename(self.out)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(self.out)
-            raise
+            self.out.rename(self._replaced)
+        self.files.rename(self.out)
         sync(self.out.parent)
         self._committed = True
 
@@ -247,9 +240,19 @@ class Workspace:
         if mended is not None:
             raise mended from error
 
+    def _put_back(self) -> bool:
+        """Where a build ended between the two renames of ``commit``, the older one goes back to its place. Whether it did."""
+        if not self._replaced.exists() or self.out.exists():
+            return False
+        self._replaced.rename(self.out)
+        return True
+
     def _clear(self) -> bool:
         """Remove the folder unless there is finished work of an unfinished build in it; release the lock. Whether it stays."""
-        keep = not self._committed and self._has_finished_work()
+        with contextlib.suppress(OSError):  # the folder stays then, or the rename that failed is told of
+            self._put_back()
+        keep = self._replaced.exists() and not self.out.exists()
+        keep |= not self._committed and self._has_finished_work()
         if not keep:
             shutil.rmtree(self.root, ignore_errors=True)
         self._release()

@@ -163,13 +163,16 @@ def test_two_builds_into_one_place_do_not_mix(tmp_path: Path) -> None:
     assert open_artifact(out).model.read_text() == "model"
 
 
-def interrupted_at(step: int, out: Path, **options: bool) -> bool:
-    """Enter a workspace and interrupt it at the ``step``-th line that runs; whether there were so many."""
-    steps, before = 0, sys.gettrace()
+ENTERING = ("__enter__", "_check_out", "_acquire", "_take_lock", "_prepare", "_has_finished_work", "_put_back")
+
+
+def interrupting(step: int, *functions: str) -> TraceFunction:
+    """A trace function that interrupts at the ``step``-th line that runs in some of the workspace's functions."""
+    steps = 0
 
     def trace(frame: FrameType, event: str, _argument: object) -> TraceFunction | None:
         nonlocal steps
-        if frame.f_code.co_filename != sys.modules[Workspace.__module__].__file__ or frame.f_code.co_name in ("_abandon", "_clear"):
+        if frame.f_code.co_filename != sys.modules[Workspace.__module__].__file__ or frame.f_code.co_name not in functions:
             return None
         if event == "line":
             steps += 1
@@ -177,8 +180,13 @@ def interrupted_at(step: int, out: Path, **options: bool) -> bool:
                 raise KeyboardInterrupt
         return trace
 
-    workspace = Workspace(out, **options)
-    sys.settrace(trace)
+    return trace
+
+
+def interrupted_at(step: int, out: Path, **options: bool) -> bool:
+    """Enter a workspace and interrupt it at the ``step``-th line that runs; whether there were so many."""
+    workspace, before = Workspace(out, **options), sys.gettrace()
+    sys.settrace(interrupting(step, *ENTERING))
     try:
         workspace.__enter__()
     except KeyboardInterrupt:
@@ -203,6 +211,45 @@ def test_an_interruption_while_the_place_is_locked_leaves_what_was_there(tmp_pat
         step += 1
     assert step > 15
     make(out, **options)
+
+
+def test_an_interruption_while_a_build_is_put_in_place_leaves_it_or_the_older_one(tmp_path: Path) -> None:
+    out, step = tmp_path / "out", 0
+    finished = False
+    while not finished:
+        step += 1
+        make(out, "old", force=True)
+        workspace, before = Workspace(out, force=True), sys.gettrace()
+        trace = interrupting(step, "commit", "_put_back")
+        with contextlib.suppress(KeyboardInterrupt), workspace:
+            (workspace.files / MODEL).write_text("new")
+            write_manifest(workspace.files, VALUES)
+            sys.settrace(trace)
+            try:
+                workspace.commit()
+                finished = True
+            finally:
+                sys.settrace(before)
+        assert open_artifact(out).model.read_text() in (["new"] if finished else ["old", "new"]), step
+        assert [path.name for path in tmp_path.iterdir()] == ["out"], step
+    assert step > 5
+
+
+def test_a_build_that_was_killed_while_it_was_put_in_place_is_not_lost_to_an_interruption(tmp_path: Path) -> None:
+    out, step = tmp_path / "out", 1
+    make(out, "old")
+    replaced = tmp_path / ".out.partial" / "replaced"
+    while True:
+        replaced.parent.mkdir(exist_ok=True)
+        if out.exists():
+            out.rename(replaced)
+        interrupted = interrupted_at(step, out, force=True)
+        assert open_artifact(out if out.exists() else replaced).model.read_text() == "old", step
+        if not interrupted:
+            break
+        step += 1
+    assert out.exists()
+    assert step > 15
 
 
 def test_an_interruption_leaves_the_folder_of_another_build(tmp_path: Path) -> None:
