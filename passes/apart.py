@@ -1,8 +1,8 @@
 """Which linears of one input belong to different layers.
 
 A decoder's layers all read what the encoder gives, for the keys and values of their cross attention. As one group they would share one
-transform over all layers, and no layer could be told from the next. So linears of one input are set apart where one lies behind another:
-q, k and v of one attention, gate and up, and an MLP beside its attention stay together.
+transform over all layers, and no layer could be told from the next. So linears of one input are set apart where attention puts one behind
+another: q, k and v of one attention, gate and up, an MLP beside its attention, and a linear around others stay together.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def set_apart(members: Sequence[Linear], linears: Sequence[Linear], places: Mapping[ir.Node, int]) -> list[list[Linear]]:
     """Split linears that read the same value into those of one layer each.
 
-    One is of another layer if its result meets, before any other linear takes it, something that other linears have made of the
-    layer's: the keys of the second layer meet queries that come from the first.
+    One is of another layer if attention multiplies its result, before any other linear takes it, with something that other linears have
+    made of the layer's: the keys of the second layer meet queries that come from the first.
 
     Args:
         members: Linears of one input, in graph order.
@@ -58,14 +58,14 @@ def _behind(linear: Linear, outputs: Mapping[ir.Node, ir.Value], places: Mapping
         value = todo.pop()
         if value not in found:
             found.add(value)
-            todo += [output for node in value.consumers() if places.get(node, last) <= last for output in node.outputs]
+            todo += [output for node in _readers(value) if places.get(node, last) <= last for output in node.outputs]
     return found
 
 
 def _operands_met(linear: Linear, outputs: Mapping[ir.Node, ir.Value]) -> set[ir.Value]:
-    """What is read beside a linear's result, by all nodes up to the next linears."""
+    """What a linear's result is multiplied with as a matrix, by all nodes up to the next linears."""
     made, _ = _reach([linear.output], outputs)
-    nodes = {node for value in made for node in value.consumers() if node not in outputs}
+    nodes = {node for value in made for node in _readers(value) if node not in outputs and _multiplies(node)}
     return {operand for node in nodes for operand in node.inputs if operand is not None and operand not in made}
 
 
@@ -79,9 +79,18 @@ def _reach(start: Iterable[ir.Value], outputs: Mapping[ir.Node, ir.Value]) -> tu
         if value in found:
             continue
         found.add(value)
-        for node in value.consumers():
+        for node in _readers(value):
             if node in outputs:
                 ends.add(outputs[node])
             else:
                 todo += node.outputs
     return found, ends
+
+
+def _readers(value: ir.Value) -> list[ir.Node]:
+    """The nodes that read a value, not its size alone."""
+    return [node for node in value.consumers() if node.op_type not in ("Shape", "Size")]
+
+
+def _multiplies(node: ir.Node) -> bool:
+    return node.op_type in ("Einsum", "FusedMatMul", "Gemm", "MatMul") or "Attention" in node.op_type

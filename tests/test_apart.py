@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from fqonnx.calib.blocks import find_blocks
@@ -62,10 +63,24 @@ def test_an_mlp_beside_attention_shares_its_input() -> None:
     assert groups(net) == [*layers[0], *layers[1]]
 
 
-def test_a_linear_on_its_own_input_is_another_layer() -> None:
-    """The second reads the first's input beside what the first made of it, as a dense network does."""
+def test_a_linear_around_others_shares_their_input() -> None:
+    """A low-rank branch that was not merged into its weight."""
     net = Network()
-    first = net.linear("x", "first")
-    second = net.linear(first, "second")
-    net.h = net.graph.op("Add", net.linear("x", "third"), second)
-    assert groups(net) == [["first"], ["second"], ["third"]]
+    down = net.linear("x", "lora_a")
+    net.h = net.graph.op("Add", net.linear("x", "base"), net.linear(down, "lora_b"))
+    assert groups(net) == [["lora_a", "base"], ["lora_b"]]
+
+
+def test_a_size_is_no_dependence() -> None:
+    """T5 makes the bias of all layers' scores from the size of the first layer's keys."""
+    net = Network()
+    g = net.graph
+    q, k, v = (net.linear("x", name) for name in "qkv")
+    count = g.op("Gather", g.op("Shape", k), g.constant(np.array(1)), axis=0)
+    bias = g.op("Cast", g.op("Range", g.constant(np.array(0)), count, g.constant(np.array(1))), to=zoo.FLOAT)
+    for index in range(2):
+        scores = g.op("Add", g.op("MatMul", q, g.op("Transpose", k, perm=[0, 2, 1])), bias)
+        net.add(net.linear(g.op("MatMul", g.op("Softmax", scores, axis=-1), v), f"{index}.o"))
+        if not index:
+            q, k, v = (net.linear(net.h, f"1.{name}") for name in "qkv")
+    assert groups(net) == [["q", "k", "v"], ["0.o"], ["1.q", "1.k", "1.v"], ["1.o"]]
