@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 SHRINK = 5
 """Tokens per channel at which half of the correlation between rounding errors is believed."""
 
+HARM = 1.2
+"""How many times as large an error is harm: few rows may show a good weight as a slightly worse one."""
+
 DAMPING = 0.01
 """Ridge of ``corrected_weight`` where there are many rows."""
 
@@ -79,7 +82,9 @@ def mean_error(fitted: FittedTransform, folded: torch.Tensor, rounded: torch.Ten
     return (exact - quantized).float()
 
 
-def input_moments(fitted: FittedTransform, tokens: torch.Tensor, hessian: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+def input_moments(
+    fitted: FittedTransform, tokens: torch.Tensor, hessian: torch.Tensor, bits: int, *, measured: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
     """``E[t̂ᵀ t̂]`` and ``E[tᵀ t̂]`` of the transformed input ``t`` and its quantized form ``t̂``, each fp32 ``[K, K]``.
 
     With ``e = t̂ - t`` both are ``E[tᵀ t]`` plus moments of ``e``. The first term comes exactly from ``hessian``, which covers every
@@ -97,6 +102,8 @@ def input_moments(fitted: FittedTransform, tokens: torch.Tensor, hessian: torch.
         tokens: ``[T, K]`` input rows.
         hessian: ``[K, K]`` mean of ``xᵀ x`` over all rows.
         bits: Activation bits; 16 leaves ``e = 0``.
+        measured: Whether measured moments of ``e`` have their share. What ``tokens`` say of ``e`` and what ``hessian`` says of ``t`` are of
+            different rows, so their sum may be indefinite; the model alone never is.
     """
     # (P/c)ᵀ H (P/c): rows, then columns; H is symmetric.
     exact = forward(fitted, forward(fitted, hessian).mT.contiguous())
@@ -105,7 +112,8 @@ def input_moments(fitted: FittedTransform, tokens: torch.Tensor, hessian: torch.
         return exact, exact
     t = forward(fitted, tokens)
     error = quantize_input(t, bits, fitted.clip) - t
-    return with_errors(exact, t.mT @ error / t.shape[0], error.mT @ error / t.shape[0], t.square().mean(0), t.shape[0])
+    rows = t.shape[0]
+    return with_errors(exact, t.mT @ error / rows, error.mT @ error / rows, t.square().mean(0), rows if measured else 0)
 
 
 def with_errors(
@@ -118,7 +126,7 @@ def with_errors(
         cross: ``E[tᵀ e]``, ``[K, K]``.
         noise: ``E[eᵀ e]``, ``[K, K]``.
         power: ``E[t²]`` of each channel ``[K]``, over the rows that ``cross`` and ``noise`` are of.
-        rows: How many those are.
+        rows: How many those are; 0 leaves the model of each channel by itself.
     """
     channels = len(power)
     share = rows**2 / (rows**2 + (SHRINK * channels) ** 2)
@@ -127,6 +135,24 @@ def with_errors(
     cross = share * cross + (1 - share) * exact * gain
     noise = share * noise + (1 - share) * (gain[:, None] * exact * gain + torch.diag(remainder))
     return exact + cross + cross.mT + noise, exact + cross
+
+
+def does_harm(target: torch.Tensor, folded: torch.Tensor, fitted: FittedTransform, rows: torch.Tensor, bits: int) -> bool:
+    """Whether a corrected weight is clearly worse for the quantized input than the float weight, on rows that its moments are not of.
+
+    Args:
+        target: From ``corrected_weight``, ``[N, K]``.
+        folded: The float weight in the transformed space, ``[N, K]``.
+        fitted: The transform.
+        rows: ``[T, K]`` input rows.
+        bits: Activation bits; 16 leaves nothing to correct.
+    """
+    if bits >= 16:
+        return False
+    t = forward(fitted, rows)
+    quantized, wanted = quantize_input(t, bits, fitted.clip), t @ folded.mT
+    errors = [float((quantized @ weight.mT - wanted).double().norm()) for weight in (target, folded)]
+    return errors[0] > HARM * errors[1]
 
 
 def damping(rows: int, channels: int) -> float:

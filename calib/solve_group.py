@@ -102,8 +102,12 @@ def _solve(
     if quantizer.needs_hessian:
         if stats is None or stats.hessian is None or training is None:
             raise CalibrationError(f"--weights {recipe.weights} needs calibration statistics: give calibration data")
-        hessian, cross = moments.input_moments(fitted, training, torch.from_numpy(stats.hessian).to(device), scheme.activation_bits)
-        target = moments.corrected_weight(folded, hessian, cross, moments.damping(stats.count, w.shape[1]))
+        exact, ridge = torch.from_numpy(stats.hessian).to(device), moments.damping(stats.count, w.shape[1])
+        hessian, cross = moments.input_moments(fitted, training, exact, scheme.activation_bits)
+        target = moments.corrected_weight(folded, hessian, cross, ridge)
+        if held_out is not None and moments.does_harm(target, folded, fitted, held_out, scheme.activation_bits):
+            hessian, cross = moments.input_moments(fitted, training, exact, scheme.activation_bits, measured=False)
+            target = moments.corrected_weight(folded, hessian, cross, ridge)
     codes, scales = quantizer.quantize(
         target, bits=scheme.weight_bits, group_size=recipe.group_size, hessian=hessian, clip=fitted.weight_clip
     )
