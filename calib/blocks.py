@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from fqonnx.calib.stream import values_read
 from fqonnx.errors import ModelError
 from fqonnx.passes.constants import is_constant, is_float
+from fqonnx.passes.groups import MATRIX_PRODUCTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 MAX_GROUPS = 64
 """Groups of one block: beyond it the graph is not one that falls apart into blocks, and a block would not fit in memory."""
 
-_PRODUCTS = frozenset({"MatMul", "Gemm", "Einsum", "FusedMatMul", "Conv", "ConvTranspose"})
+_PRODUCTS = MATRIX_PRODUCTS | {"Conv", "ConvTranspose"}
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fqonnx.calib.stream import StreamedModel, values_read
+from fqonnx.calib.stream import StreamedModel, needed_nodes
 from fqonnx.calib.torch_graph import shapes_of
 
 if TYPE_CHECKING:
@@ -61,16 +61,5 @@ def run_front(model: ir.Model, entrance: ir.Value, chunks: Chunks, sizes: Sizes,
 
 def _measured(model: ir.Model, entrance: ir.Value) -> list[str]:
     """``Shape`` of values that ``entrance`` is made of, by name; that of the model's inputs and of constants torch finds by itself."""
-    found: set[ir.Value] = set()
-    todo = [entrance]
-    while todo:
-        value = todo.pop()
-        node = value.producer()
-        if value not in found and node is not None:
-            found.add(value)
-            todo += values_read(node)
-    return [
-        node.outputs[0].name or ""
-        for node in model.graph
-        if node.op_type == "Shape" and node.inputs[0] in found and node.inputs[0] is not entrance
-    ]
+    made = {output for node in needed_nodes(model.graph, [entrance]) for output in node.outputs} - {entrance}
+    return [node.outputs[0].name or "" for node in model.graph if node.op_type == "Shape" and node.inputs[0] in made]

@@ -142,7 +142,7 @@ class StreamedModel:
         for name in taps:
             if name not in self._values or _is_constant(self._values[name]):
                 raise UsageError(f"the model computes no value {name!r}: choose a graph input, an intermediate value or a graph output")
-        nodes = _needed(self._model.graph, [self._values[name] for name in taps])
+        nodes = needed_nodes(self._model.graph, [self._values[name] for name in taps])
         cuts = _cuts(nodes, self._max_bytes)
         return _segments(nodes, cuts, tuple(dict.fromkeys(taps)), self._values)
 
@@ -506,7 +506,8 @@ def _is_constant(value: ir.Value) -> bool:
     return value.is_initializer() and value.const_value is not None
 
 
-def _needed(graph: ir.Graph, taps: Sequence[ir.Value]) -> list[ir.Node]:
+def needed_nodes(graph: ir.Graph, taps: Sequence[ir.Value]) -> list[ir.Node]:
+    """The nodes that some values are computed by, in graph order."""
     nodes = list(graph)
     wanted = set(taps)
     kept = []

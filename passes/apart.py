@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fqonnx.passes.groups import MATRIX_PRODUCTS
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     import onnx_ir as ir
 
     from fqonnx.passes.groups import Linear
 
 
-def set_apart(members: Sequence[Linear], linears: Sequence[Linear], places: Mapping[ir.Node, int]) -> list[list[Linear]]:
+def set_apart(members: Sequence[Linear], outputs: Mapping[ir.Node, ir.Value], places: Mapping[ir.Node, int]) -> list[list[Linear]]:
     """Split linears that read the same value into those of one layer each.
 
     One is of another layer if attention multiplies its result, before any other linear takes it, with something that other linears have
@@ -25,13 +27,12 @@ def set_apart(members: Sequence[Linear], linears: Sequence[Linear], places: Mapp
 
     Args:
         members: Linears of one input, in graph order.
-        linears: All of the model.
+        outputs: The result of every linear of the model, by its nodes.
         places: Every node's place in the graph's order.
 
     Returns:
         The members by layer, in graph order.
     """
-    outputs = {node: linear.output for linear in linears for node in linear.nodes}
 
     def lies_behind(later: Linear, earlier: Linear) -> bool:
         met = _operands_met(later, outputs)
@@ -51,7 +52,7 @@ def set_apart(members: Sequence[Linear], linears: Sequence[Linear], places: Mapp
 
 def _behind(linear: Linear, outputs: Mapping[ir.Node, ir.Value], places: Mapping[ir.Node, int], last: int) -> set[ir.Value]:
     """What depends on a linear's result through at least one other linear, as far as the node at ``last``."""
-    _, next_linears = _reach([linear.output], outputs)
+    _, next_linears = _reach(linear, outputs)
     found: set[ir.Value] = set()
     todo = list(next_linears)
     while todo:
@@ -64,16 +65,16 @@ def _behind(linear: Linear, outputs: Mapping[ir.Node, ir.Value], places: Mapping
 
 def _operands_met(linear: Linear, outputs: Mapping[ir.Node, ir.Value]) -> set[ir.Value]:
     """What a linear's result is multiplied with as a matrix, by all nodes up to the next linears."""
-    made, _ = _reach([linear.output], outputs)
+    made, _ = _reach(linear, outputs)
     nodes = {node for value in made for node in _readers(value) if node not in outputs and _multiplies(node)}
     return {operand for node in nodes for operand in node.inputs if operand is not None and operand not in made}
 
 
-def _reach(start: Iterable[ir.Value], outputs: Mapping[ir.Node, ir.Value]) -> tuple[set[ir.Value], set[ir.Value]]:
-    """What is made of some values without a linear, those included; and the results of the linears that take it next."""
+def _reach(linear: Linear, outputs: Mapping[ir.Node, ir.Value]) -> tuple[set[ir.Value], set[ir.Value]]:
+    """What is made of a linear's result without another one, itself included; and the results of the linears that take it next."""
     found: set[ir.Value] = set()
     ends: set[ir.Value] = set()
-    todo = list(start)
+    todo = [linear.output]
     while todo:
         value = todo.pop()
         if value in found:
@@ -93,4 +94,4 @@ def _readers(value: ir.Value) -> list[ir.Node]:
 
 
 def _multiplies(node: ir.Node) -> bool:
-    return node.op_type in ("Einsum", "FusedMatMul", "Gemm", "MatMul") or "Attention" in node.op_type
+    return node.op_type in MATRIX_PRODUCTS or "Attention" in node.op_type

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[np.float32]
 
+MATRIX_PRODUCTS = frozenset({"Einsum", "FusedMatMul", "Gemm", "MatMul"})
+"""Operators that multiply matrices: two activations, or one with a weight."""
+
 
 @dataclass(frozen=True, eq=False)
 class Linear:

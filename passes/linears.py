@@ -411,10 +411,10 @@ def _groups(linears: Sequence[Linear]) -> tuple[LinearGroup, ...]:
     by_input: dict[ir.Value, list[Linear]] = {}
     for linear in linears:
         by_input.setdefault(linear.input, []).append(linear)
-    order = {linear: place for place, linear in enumerate(linears)}
+    outputs = {node: linear.output for linear in linears for node in linear.nodes}
     graph = linears[0].nodes[0].graph if linears else None
     places = {node: place for place, node in enumerate(graph or ())}
-    runs = [run for members in by_input.values() for run in set_apart(members, linears, places)]
+    runs = [run for members in by_input.values() for run in set_apart(members, outputs, places)]
     names = _Names()
     return tuple(
         LinearGroup(
@@ -423,7 +423,7 @@ def _groups(linears: Sequence[Linear]) -> tuple[LinearGroup, ...]:
             linears=tuple(members),
             norm=find_site(members[0].input, members[0].in_features, [linear.nodes[0] for linear in members]),
         )
-        for members in sorted(runs, key=lambda run: order[run[0]])
+        for members in sorted(runs, key=lambda run: places[run[0].nodes[0]])
     )
 
 

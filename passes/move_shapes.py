@@ -9,6 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from fqonnx.passes.constants import is_constant, shape_of
+from fqonnx.passes.groups import MATRIX_PRODUCTS
 
 _ELEMENTWISE = frozenset(
     {"Abs", "Cast", "Ceil", "Clip", "Cos", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Log"}
@@ -64,7 +65,7 @@ def _alike(value: ir.Value) -> ir.Value | None:
 
 def _is_product(value: ir.Value) -> bool:
     node = value.producer()
-    return node is not None and node.op_type in ("Einsum", "FusedMatMul", "Gemm", "MatMul")
+    return node is not None and node.op_type in MATRIX_PRODUCTS
 
 
 def _narrow(other: ir.Value, x: ir.Value) -> bool:

@@ -24,6 +24,7 @@ from fqonnx.recipe import Recipe
 from tests import zoo
 from tests.networks import WIDTH, Network
 from tests.runtime import run
+from tests.test_reconstruct import Samples
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,14 +33,6 @@ if TYPE_CHECKING:
 
 ROWS = 40
 Arrays = dict[str, Any]
-
-
-class Samples(list[Arrays]):
-    fingerprint = "samples"
-
-    @property
-    def length(self) -> int:
-        return len(self)
 
 
 def image_model() -> ir.Model:
