@@ -333,12 +333,14 @@ def _learned(tokens: torch.Tensor, weight: torch.Tensor, rotation: torch.Tensor,
     """``[heads, size, size]``, or ``[1, size, size]`` where the heads share one importance and so one transform."""
     import torch
 
+    from fqonnx.calib import batched
+
     wide = tokens.double()
     moment = wide.mT @ wide / tokens.shape[1]
     if len(weight) == 1:
         moment = moment.mean(0, keepdim=True)
     start = torch.stack([_balanced(c, s) for c, s in zip(moment, weight, strict=True)]).float() @ rotation
-    undo = torch.linalg.inv(start.double()).float()
+    undo = batched.inverse(start.double()).float()
     # U diag(exp s) Vᵀ with orthogonal U and V (Cayley): invertible wherever training goes.
     skews = torch.zeros(2, *start.shape, device=tokens.device, requires_grad=True)
     scales = torch.zeros(len(start), 1, start.shape[-1], device=tokens.device, requires_grad=True)
@@ -366,11 +368,12 @@ def _learned(tokens: torch.Tensor, weight: torch.Tensor, rotation: torch.Tensor,
 def _cayley(raw: torch.Tensor) -> torch.Tensor:
     import torch
 
+    from fqonnx.calib import batched
+
     skew = raw.triu(1)
     skew = skew - skew.mT
     eye = torch.eye(raw.shape[-1], device=raw.device)
-    rotations: torch.Tensor = torch.linalg.solve(eye + skew, eye - skew)
-    return rotations
+    return batched.solve(eye + skew, eye - skew)
 
 
 def _balanced(moment: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -442,5 +445,7 @@ def _error(tokens: torch.Tensor, metric: torch.Tensor, matrix: torch.Tensor) -> 
     """What storing tokens costs, squared, as attention sees it."""
     import torch
 
+    from fqonnx.calib import batched
+
     with torch.no_grad():
-        return _power(_rounding(tokens, matrix, torch.linalg.inv(matrix.double()).float()), metric)
+        return _power(_rounding(tokens, matrix, batched.inverse(matrix.double()).float()), metric)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import nn
 
-from fqonnx.calib import kron
+from fqonnx.calib import batched, kron
 from fqonnx.calib.quantizers import fake_quantize, row_scale
 from fqonnx.calib.transforms.base import FittedTransform, Problem, Transformation
 from fqonnx.calib.transforms.hadamard import hadamard
@@ -81,7 +81,7 @@ def _cayley(raw: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         skew = torch.stack([raw[index] for index in members]).triu(1)
         skew = skew - skew.mT
         eye = torch.eye(size, device=skew.device)
-        rotations.update(zip(members, torch.linalg.solve_ex(eye + skew, eye - skew)[0], strict=True))
+        rotations.update(zip(members, batched.solve(eye + skew, eye - skew), strict=True))
     return [rotations[index] for index in range(len(raw))]
 
 
