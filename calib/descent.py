@@ -5,6 +5,7 @@ A step of a block is a thousand small kernels: launched one by one from Python t
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 from contextlib import contextmanager
@@ -122,23 +123,39 @@ class Descent:
         graph = torch.cuda.CUDAGraph()
         failed: Exception | None = None
         # Not torch.cuda.graph: it empties the cache of memory, which the next step would have to ask the driver for again.
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        try:
-            self._launch(buffers)
-        except Exception as error:  # noqa: BLE001  # whatever it is, the same step ran before without a graph
-            failed = error
-        try:
-            graph.capture_end()
-        except RuntimeError as error:
-            failed = failed or error
+        with _no_collection():
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                self._launch(buffers)
+            except Exception as error:  # noqa: BLE001  # whatever it is, the same step ran before without a graph
+                failed = error
+            try:
+                graph.capture_end()
+            except RuntimeError as error:
+                failed = failed or error
         if failed is None:
             shape.graph, shape.inputs = graph, buffers
             return
         self._capture = False
         self._optimizer.zero_grad(set_to_none=True)
+        # A capture that was broken off leaves the device's generator expecting to be captured: drawing from it would fail ever after.
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
         logger.warning(
             "steps are launched kernel by kernel, which is slow: they cannot be captured as a CUDA graph (%s)", str(failed).splitlines()[0]
         )
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage is collected: what a collection frees on the GPU, a graph of another block say, would break a capture off."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 @contextmanager
