@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -35,6 +36,7 @@ class Chunks:
         workdir: Folder for what does not fit in memory.
         tokens: Rows of a chunk, as far as feeds of equal shapes can be stacked.
         stacks: Whether feeds of equal shapes can be: the first axis of every input is the same free axis.
+        copies: More feeds to train on, each with the index of the one in ``source`` that it is made of; left out where that is held out.
         mask: The input ``[batch, sequence]`` that is zero where a token is padding, or None.
         live_bytes: Bytes in memory.
         device: Where tensors are given, and on a GPU kept as far as ``DEVICE_SHARE`` goes.
@@ -47,6 +49,7 @@ class Chunks:
         *,
         tokens: int,
         stacks: bool,
+        copies: Iterable[tuple[int, Feeds]] = (),
         mask: str | None = None,
         live_bytes: int = DEFAULT_LIVE_BYTES,
         device: torch.device | str = "cpu",
@@ -61,15 +64,10 @@ class Chunks:
         self._lasting: set[str] = {"mask"}
         self._padded: set[int] = set()
         self.rows: list[int] = []
-        pending: dict[tuple[tuple[int, ...], ...], list[Feeds]] = {}
-        for feed in source:
-            alike = pending.setdefault(tuple(array.shape for array in feed.values()), [])
-            alike.append(feed)
-            if not stacks or sum(_rows(one) for one in alike) + _rows(feed) > tokens:
-                self._add(alike)
-        for alike in pending.values():
-            if alike:
-                self._add(alike)
+        self._stacked = tokens if stacks else 0
+        chunk_of = self._read(enumerate(source))
+        self._originals = len(self)
+        self._read((index, feed) for index, feed in copies if chunk_of[index] not in self.held_out)
 
     def __enter__(self) -> Self:
         return self
@@ -88,7 +86,7 @@ class Chunks:
     @property
     def held_out(self) -> range:
         """Chunks that are not; empty where there are fewer than ``HELD_OUT``."""
-        return range(HELD_OUT - 1, len(self), HELD_OUT)
+        return range(HELD_OUT - 1, self._originals, HELD_OUT)
 
     def feeds(self, chunk: int) -> Tensors:
         """The model's inputs, on the device."""
@@ -125,11 +123,38 @@ class Chunks:
         self._far = {renamed[name] for name in self._far if name in renamed}
 
     def order(self, steps: int, seed: int) -> list[int]:
-        """Chunks to train on, one for each step, each as often as it has rows."""
+        """Chunks to train on, one for each step, each as often as it has rows, its turns spread evenly over the steps."""
         chunks = self.training
-        weights = torch.tensor([self.rows[chunk] for chunk in chunks], dtype=torch.float64)
-        picked = torch.multinomial(weights, steps, replacement=True, generator=torch.Generator().manual_seed(seed))
-        return [chunks[index] for index in picked.tolist()]
+        rows = torch.tensor([self.rows[chunk] for chunk in chunks], dtype=torch.float64)
+        turns = (steps * rows / rows.sum()).tolist()
+        starts = torch.rand(len(chunks), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).tolist()
+        # Where in the training each turn comes, as a share of it; two more than fit, so that there are enough in any case.
+        places = [
+            ((turn + start) / often, chunk)
+            for chunk, often, start in zip(chunks, turns, starts, strict=True)
+            for turn in range(math.ceil(often) + 2)
+        ]
+        return [chunk for _, chunk in sorted(places)[:steps]]
+
+    def _read(self, feeds: Iterable[tuple[int, Feeds]]) -> dict[int, int]:
+        """Add feeds, those of equal shapes together; returns the chunk by the index of a feed."""
+        pending: dict[tuple[tuple[int, ...], ...], list[tuple[int, Feeds]]] = {}
+        chunk_of: dict[int, int] = {}
+
+        def add(alike: list[tuple[int, Feeds]]) -> None:
+            chunk_of.update((index, len(self)) for index, _ in alike)
+            self._add([feed for _, feed in alike])
+            alike.clear()
+
+        for index, feed in feeds:
+            alike = pending.setdefault(tuple(array.shape for array in feed.values()), [])
+            alike.append((index, feed))
+            if sum(_rows(one) for _, one in alike) + _rows(feed) > self._stacked:
+                add(alike)
+        for alike in pending.values():
+            if alike:
+                add(alike)
+        return chunk_of
 
     def _add(self, alike: list[Feeds]) -> None:
         self._names = list(alike[0])
@@ -141,7 +166,6 @@ class Chunks:
             self._padded.add(chunk)
             self.put("mask", chunk, torch.from_numpy(shown))
         self.rows.append(_rows(stacked))
-        alike.clear()
 
 
 def _rows(feed: Feeds) -> int:

@@ -27,6 +27,7 @@ from fqonnx.calib.descent import side_stream
 from fqonnx.calib.front import run_front
 from fqonnx.calib.reconstruct_block import BlockReconstruction, Training
 from fqonnx.calib.reconstruct_model import ModelReconstruction, Tail
+from fqonnx.calib.redraw import redrawn
 from fqonnx.calib.solve import library_versions
 from fqonnx.calib.stores import SolutionStore
 from fqonnx.errors import CalibrationError
@@ -76,7 +77,7 @@ def reconstruct(
     Args:
         model: The prepared float model.
         groups: What to solve.
-        source: Feeds; read once.
+        source: Feeds; read once; where the recipe asks for copies, again for those.
         recipe: How to solve.
         workdir: Folder of the solutions (``groups/``), and of activations that do not fit in memory.
         fingerprint: Digest of the model and the data; solutions of another one are not reused.
@@ -91,7 +92,8 @@ def reconstruct(
         The store, which holds every group.
 
     Raises:
-        ModelError: The graph does not fall apart into blocks, or holds an operator that is not run in torch.
+        ModelError: The graph does not fall apart into blocks, holds an operator that is not run in torch, or is to be trained on copies
+            and is no language model.
         CalibrationError: NaN or Inf in the model or its activations, training diverged, or memory is out.
     """
     training = training or _training(recipe, device)
@@ -107,11 +109,12 @@ def reconstruct(
         return store
     where = torch.device(device)
     sizes: Sizes = {}
+    copies = redrawn(model, source, recipe.augment, seed=recipe.seed, workdir=workdir) if recipe.augment else ()
 
     with (
         (progress or Silent()).task("Reconstructing blocks", len(blocks) * (1 + WHOLE * together)) as task,
         side_stream(where),
-        Chunks(source, workdir, tokens=training.tokens, stacks=stacks, mask=mask, device=where) as chunks,
+        Chunks(source, workdir, tokens=training.tokens, stacks=stacks, copies=copies, mask=mask, device=where) as chunks,
         _errors_of_memory(blocks),
     ):
         if blocks[0].input is not None:

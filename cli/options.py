@@ -90,6 +90,13 @@ recipe_options = group(
     ),
     click.option("--seed", type=int, help=f"Seed of every random choice.  [default: {Recipe.seed}]"),
     click.option("--steps", type=int, help="Training steps of a learned transform, per group or per block.  [default: the method's own]"),
+    click.option(
+        "--augment",
+        type=click.IntRange(min=0),
+        metavar="COPIES",
+        help="Copies of each sample of text, a third of the tokens drawn from the float model's predictions, that blocks are trained on "
+        f"too.  [default: {Recipe.augment}]",
+    ),
 )
 """The fields of ``Recipe``, plus ``--recipe``; read them with ``read_recipe``."""
 

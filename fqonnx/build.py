@@ -353,6 +353,7 @@ class FloatModel:
         Raises:
             ModelError: It cannot be read, is quantized already, or holds nothing to quantize.
         """
+        from fqonnx.calib.redraw import NextToken
         from fqonnx.passes.linears import find_for
         from fqonnx.passes.prepare import prepare
 
@@ -360,6 +361,8 @@ class FloatModel:
         model_file.require_float(model)
         fingerprint, float_bytes = _fingerprint(path, model), constant_bytes(model)
         model = prepare(model)
+        if recipe.augment:
+            NextToken.of(model)  # whether it is a model of language is told before the long work
         found = find_for(model, recipe)
         if not found.groups:
             raise ModelError(f"{path} has nothing to quantize: {_why_nothing(found)}")
@@ -404,7 +407,7 @@ class FloatModel:
         groups, (needs_tokens, needs_hessian) = self.found.groups, _needs(recipe)
         if recipe.reconstruct != "group":
             # Three activations of every token between two blocks, as wide as the narrowest group's input.
-            streams = 3 * 4 * rows * min(group.in_features for group in groups)
+            streams = 3 * 4 * rows * (1 + recipe.augment) * min(group.in_features for group in groups)
             return self.float_bytes + streams + schemes * sum(group.in_features * group.out_features for group in groups)
         needed = self.float_bytes + schemes * sum(group.in_features * group.out_features for group in groups)
         needed += sum(2 * 4 * n**2 for group in groups for n in factor(group.in_features, recipe.width))

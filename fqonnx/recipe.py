@@ -72,6 +72,7 @@ class Recipe:
         width: Size of the right factor of a transform at most, one of ``WIDTHS``.
         seed: Seed of every random choice: token reservoir, random rotations, training order.
         steps: Training steps of a learned transform, per group or per block; None takes the default.
+        augment: Copies of each calibration sample of a language model, some tokens drawn anew, that blocks are trained on too.
 
     Raises:
         UsageError: A value is not one of the choices; the message lists them.
@@ -90,6 +91,7 @@ class Recipe:
     width: int = WIDTHS[0]
     seed: int = 0
     steps: int | None = None
+    augment: int = 0
 
     def __post_init__(self) -> None:
         from fqonnx.calib.transforms import TRANSFORMS
@@ -109,6 +111,10 @@ class Recipe:
             raise UsageError(
                 f"bias correction is for groups solved alone, not for --reconstruct {self.reconstruct}: leave out --bias-correction"
             )
+        if self.augment < 0:
+            raise UsageError(f"augment {self.augment} is out of range: give 0 or more copies")
+        if self.augment and self.reconstruct == "group":
+            raise UsageError("--augment is for --reconstruct block or model: groups solved alone have rows enough")
         if not 0 <= self.seed < 2**31:
             raise UsageError(f"seed {self.seed} is out of range: give an integer from 0 to 2147483647")
         if self.steps is not None and self.steps < 1:
@@ -180,6 +186,7 @@ _KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "width": ("an integer", _is_integer),
     "seed": ("an integer", _is_integer),
     "steps": ("an integer or null", lambda value: value is None or _is_integer(value)),
+    "augment": ("an integer", _is_integer),
 }
 """By recipe key, what its value is in words, and whether a value read from a file is one."""
 

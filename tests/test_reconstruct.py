@@ -297,6 +297,29 @@ def test_held_out_chunks_are_not_trained_on(tmp_path: Path) -> None:
         assert list(chunks.training) == [0, 1, 2]
 
 
+def test_turns_of_chunks_are_spread_evenly(tmp_path: Path) -> None:
+    feeds = [{"x": np.ones((1, tokens), np.int64)} for tokens in (8, 8, 4, 4)]
+    with Chunks(feeds, tmp_path, tokens=1, stacks=True) as chunks:
+        order = np.array(chunks.order(240, 0))
+        for part in np.split(order, 4):
+            counts = np.bincount(part, minlength=4)
+            assert np.abs(counts - [20, 20, 10, 10]).max() <= 1
+        assert [len(chunks.order(steps, 3)) for steps in (1, 2, 3, 7)] == [1, 2, 3, 7]
+
+
+def test_copies_of_what_is_held_out_are_left_out(tmp_path: Path) -> None:
+    feeds = [{"x": np.full((1, 2), index)} for index in range(4 * HELD_OUT)]
+    copies = [(index, {"x": feed["x"] + 1000}) for index, feed in enumerate(feeds)]
+    with Chunks(feeds, tmp_path, tokens=4, stacks=True, copies=copies) as chunks:
+        assert list(chunks.held_out) == [HELD_OUT - 1, 2 * HELD_OUT - 1]
+        seen = {chunk: set(chunks.feeds(chunk)["x"][:, 0].tolist()) for chunk in range(len(chunks))}
+        unseen = {index + shift for chunk in chunks.held_out for index in seen[chunk] for shift in (0, 1000)}
+        assert len(unseen) == 8
+        trained = set().union(*(seen[chunk] for chunk in chunks.training))
+        assert not trained & unseen
+        assert len(trained) == 2 * (len(feeds) - 4)
+
+
 def test_padding_counts_nowhere(tmp_path: Path) -> None:
     feeds = [
         {"x": np.ones((1, 3), np.int64), "mask": np.array([[1, 1, 0]])},
