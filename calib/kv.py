@@ -346,7 +346,7 @@ def _learned(tokens: torch.Tensor, weight: torch.Tensor, rotation: torch.Tensor,
     scales = torch.zeros(len(start), 1, start.shape[-1], device=tokens.device, requires_grad=True)
 
     def matrices() -> tuple[torch.Tensor, torch.Tensor]:
-        u, v = _cayley(skews)
+        u, v = batched.cayley(skews.flatten(0, 1)).reshape(skews.shape)
         return start @ (u * scales.exp()) @ v.mT, v @ ((u * (-scales).exp()).mT @ undo)
 
     optimizer = torch.optim.AdamW([skews, scales], lr=training.lr, weight_decay=0.0)
@@ -363,17 +363,6 @@ def _learned(tokens: torch.Tensor, weight: torch.Tensor, rotation: torch.Tensor,
         schedule.step()
     with torch.no_grad():
         return matrices()[0]
-
-
-def _cayley(raw: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    from fqonnx.calib import batched
-
-    skew = raw.triu(1)
-    skew = skew - skew.mT
-    eye = torch.eye(raw.shape[-1], device=raw.device)
-    return batched.solve(eye + skew, eye - skew)
 
 
 def _balanced(moment: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -66,10 +66,7 @@ class InvertibleFactor(nn.Module):
 
 
 def _cayley(raw: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """``(I + A)⁻¹ (I - A)`` of the skew-symmetric part of each square matrix, those of one size together.
-
-    ``I + A`` is never singular: there is nothing to check, which on a GPU would wait for the result.
-    """
+    """The rotation of each square matrix' upper triangle, those of one size together."""
     batches: dict[tuple[int, int], list[int]] = {}
     seen: dict[int, int] = {}
     for index, matrix in enumerate(raw):
@@ -77,11 +74,8 @@ def _cayley(raw: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         batches.setdefault((size, seen.get(size, 0) // BATCH), []).append(index)
         seen[size] = seen.get(size, 0) + 1
     rotations: dict[int, torch.Tensor] = {}
-    for (size, _), members in batches.items():
-        skew = torch.stack([raw[index] for index in members]).triu(1)
-        skew = skew - skew.mT
-        eye = torch.eye(size, device=skew.device)
-        rotations.update(zip(members, batched.solve(eye + skew, eye - skew), strict=True))
+    for members in batches.values():
+        rotations.update(zip(members, batched.cayley(torch.stack([raw[index] for index in members])), strict=True))
     return [rotations[index] for index in range(len(raw))]
 
 
