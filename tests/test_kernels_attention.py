@@ -359,15 +359,17 @@ def test_a_step_in_onnxruntime(packed: bool, shared: bool, rotary: bool, scales:
     given = operands(step, [20, 20, 20, 20] if not shared else [20, 3, 0, 60])
     wanted = run_in_onnxruntime(step, "com.microsoft", given, 1, packed=packed, shared=shared)
     got = run_in_onnxruntime(step, "fqonnx", given, 1, packed=packed, shared=shared)
+    y, key, _ = reference(step, given)
+    torch.testing.assert_close(got[0].reshape(4, -1).double(), y, rtol=2e-3, atol=2e-3)
+    if shared:
+        torch.testing.assert_close(got[1].float(), key.float(), rtol=2e-3, atol=2e-3 if scales is None else 1, equal_nan=True)
+    if scales is not None and not shared:
+        return  # ONNX Runtime 1.31 does not copy a quantized past (DequantizeFlashAttentionFallback): only in place is its result right
     # A code's rounding may fall otherwise, as the rotated key is rounded before it there.
     tolerance = 5e-3 if scales is None else 2e-2
     torch.testing.assert_close(got[0], wanted[0], rtol=tolerance, atol=tolerance)
     for ours, theirs in zip(got[1:], wanted[1:], strict=True):
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=5e-3, atol=5e-3 if scales is None else 1, equal_nan=True)
-    y, key, _ = reference(step, given)
-    torch.testing.assert_close(got[0].reshape(4, -1).double(), y, rtol=2e-3, atol=2e-3)
-    if shared:
-        torch.testing.assert_close(got[1].float(), key.float(), rtol=2e-3, atol=2e-3 if scales is None else 1, equal_nan=True)
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "separate"])
