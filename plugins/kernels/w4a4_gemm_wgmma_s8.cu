@@ -970,13 +970,12 @@ fq_status launch_few_tokens(const fq_w4a4_gemm_params& p, const Device& device, 
   return launch_few<64, kGrouped>(p, device, splits, stream);
 }
 
-// 1 to 4: few tokens with K in at most 1, 2, 4 or 8 parts; the others are tiles of channels x tokens. With groups 128x256 is 128x192, and what
-// else is for many is 128x128.
+// 1 to 4: few tokens with K in at most 1, 2, 4 or 8 parts; the others are tiles of channels x tokens, with groups all of them 128x128: two sets
+// of sums leave little room.
 enum Tactic { kFew1 = 1, kFew8 = 4, kMany256x128, kMany128x256, kMany128x128, kTactics = kMany128x128 };
 
 // Time in the units of a 128 x 128 tile of the tensor cores: waves of tiles, each with a share for its beginning and its end.
 Tactic choose_tile(const fq_w4a4_gemm_params& p, const Device& device) {
-  if (p.groups > 1) return kMany128x128;
   const auto cost = [&](int64_t rows, int64_t tokens, double overhead) {
     const int64_t tiles = (p.n + 2 * rows - 1) / (2 * rows) * ((p.m + tokens - 1) / tokens);
     const int64_t clusters = device.multiprocessors / kPair;
@@ -1003,12 +1002,8 @@ fq_status launch(const fq_w4a4_gemm_params& p, const Device& device, cudaStream_
     const int splits = p.tactic != 0 ? 1 << (p.tactic - kFew1) : 0;
     return p.groups > 1 ? launch_few_tokens<true>(p, device, splits, stream) : launch_few_tokens<false>(p, device, splits, stream);
   }
-  const int tile = p.tactic != 0 ? p.tactic : choose_tile(p, device);
-  if (p.groups > 1) {  // two sets of sums leave no room for more than 192 tokens
-    if (tile == kMany128x256) return launch_many<192, 1, 6, true>(p, device, stream);
-    return launch_many<128, 1, 6, true>(p, device, stream);
-  }
-  switch (tile) {
+  if (p.groups > 1) return launch_many<128, 1, 6, true>(p, device, stream);
+  switch (p.tactic != 0 ? p.tactic : choose_tile(p, device)) {
     case kMany256x128:
       return launch_many<128, 2, 5, false>(p, device, stream);
     case kMany128x256:
