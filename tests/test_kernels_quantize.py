@@ -302,6 +302,47 @@ def test_numbers_of_rows(kernel: str, n1: int, n2: int, rows: int) -> None:
     checked(Case(n1, n2, rows=rows, factors="float16", seed=3), kernel)
 
 
+TRANSPOSED_PAIRS = [(65, 128), (66, 80), (86, 128), (95, 112), (96, 128)]
+"""Those that ``wgmma_f16`` computes transposed where rows are many and codes are bytes."""
+
+
+@pytest.mark.parametrize("prologue", ["none", "silu"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("n1", "n2"), TRANSPOSED_PAIRS)
+def test_many_rows_between_tiles(kernel: str, n1: int, n2: int, dtype: str, prologue: str) -> None:
+    case = Case(n1, n2, rows=1100, dtype=dtype, prologue=prologue, seed=18)
+    checked(case, kernel)
+    checked(replace(case, rows=1024, factors=dtype, bits=8, clip=0.8, clip_on_device=True, padding=8), kernel)
+    checked(replace(case, container="packed", factors=dtype, clip=0.37), kernel)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e5])
+@pytest.mark.parametrize(("n1", "n2"), TRANSPOSED_PAIRS[1:3])
+def test_values_of_many_rows_between_tiles(kernel: str, n1: int, n2: int, scale: float) -> None:
+    case = Case(n1, n2, rows=1030, seed=19)
+    if not takes(case, kernel):
+        pytest.skip(f"{kernel} does not take this")
+    inputs = inputs_of(case)
+    inputs.left *= scale
+    # One that is no multiple of a vector behind the beginning of its buffer.
+    inputs.right = torch.cat([inputs.right.new_zeros(1), inputs.right.flatten()])[1:].view(n2, n2)
+    place = case.k // 3
+    inputs.x[1], inputs.x[2] = 0, 65504
+    inputs.x[3, place], inputs.x[1029, place], inputs.x[134, case.k - 1] = float("nan"), float("inf"), float("-inf")
+    inputs.x[7] *= 2.0**-10
+    result = run(case, inputs, kernel)
+    assert result.scale[1] == 1
+    assert (result.codes[1] == 0).all()
+    bad = torch.tensor([3, 134, 1029], device="cuda")
+    assert torch.isnan(result.scale[bad]).all()
+    good = torch.ones(case.rows, dtype=torch.bool, device="cuda")
+    good[bad] = good[1] = False
+    kept = Result(result.codes[good], result.scale[good])
+    # Entries round to fp16, which keeps fewer digits of those below 2^-14.
+    absolute = 0.05 if scale < 1 else 0.0
+    check(replace(case, rows=int(good.sum())), Inputs(inputs.x[good], inputs.left, inputs.right), kept, absolute=absolute)
+
+
 def random_cases(count: int) -> list[Case]:
     generator = np.random.default_rng(20)
     cases = []

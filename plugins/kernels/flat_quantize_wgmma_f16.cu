@@ -4,6 +4,9 @@
 // rounded to 16 bits, is its part of the left operand. T's largest magnitude, scale and codes follow in registers, and the codes go from
 // there to device memory: `right` lies in shared memory with its columns reordered so that a thread's columns of T are neighbours.
 //
+// A product's rows are those of its warpgroups, a multiple of 64. Where n1 is far from one, T^T = right^T X^T left is computed instead: its
+// rows are n2, and its columns may be any multiple of 8. Its codes are transposed on their way through shared memory.
+//
 // One warpgroup computes 64 rows of Z and T. One of them, or two where n1 > 64, are a team that works on a row of x; teams take turns, so
 // that one's products run beside another's epilogue. Where n1 <= 32 a team works on two rows at once: X is then one above the other and
 // left^T stands twice on the diagonal.
@@ -62,27 +65,34 @@ struct Problem {
 };
 
 // A kernel's shape: n1 up to kN1, a multiple of 16, and n2 up to kN2; kRows rows of x at once, kTeams teams to a block. kLeftInRegisters:
-// left^T stays in registers, where there is no room for it in shared memory.
-template <int kN1_, int kN2_, int kRows_, int kTeams_, bool kLeftInRegisters_ = false>
+// left^T stays in registers, where there is no room for it in shared memory. kTransposed: it computes T^T. The products are named as if it
+// did not: where it does, their left operand is right^T and their right one is left.
+template <int kN1_, int kN2_, int kRows_, int kTeams_, bool kLeftInRegisters_ = false, bool kTransposed_ = false>
 struct Shape {
   static constexpr int kN1 = kN1_, kN2 = kN2_, kRows = kRows_, kTeams = kTeams_;
-  static constexpr bool kLeftInRegisters = kLeftInRegisters_;
+  static constexpr bool kLeftInRegisters = kLeftInRegisters_, kTransposed = kTransposed_;
   static constexpr bool kRehearses = kTeams == 1 && !kLeftInRegisters;  // finds room beside the product before it, see with_shape()
-  static constexpr int kM = kRows * kN1;                   // rows of the products, and K of the first
-  static constexpr int kTiles = (kM + kTile - 1) / kTile;  // warpgroups of a team
+  static constexpr int kM = kTransposed ? kN2 : kRows * kN1;            // rows of the products, and K of the first
+  static constexpr int kN = kTransposed ? kN1 : kN2;                    // columns of the products, and K of the second
+  static constexpr int kTiles = (kM + kTile - 1) / kTile;               // warpgroups of a team
   static constexpr int kTeamThreads = kTiles * kWarpgroup;
   static constexpr int kTeamWarps = kTeamThreads / kWarp;
   static constexpr int kRowWarps = kTeamWarps / kRows;  // that work on one row of x
   static constexpr int kThreads = kTeams * kTeamThreads;
   static constexpr int kBoxes = (kN2 + kTile - 1) / kTile;
-  static constexpr int kBoxBytes = kM * kBoxRow;
+  static constexpr int kBoxBytes = kRows * kN1 * kBoxRow;
   static constexpr int kStageBytes = kBoxes * kBoxBytes;
-  static constexpr int kLeftSteps = kM / 16;    // of the first product along K
-  static constexpr int kRightSteps = kN2 / 16;  // of the second
-  static constexpr int kLeftBytes = kLeftInRegisters ? 0 : kTiles * kBoxBytes;
-  static constexpr int kRightBytes = kN2 * kN2 * 2;
+  static constexpr int kLeftSteps = kM / 16;   // of the first product along K
+  static constexpr int kRightSteps = kN / 16;  // of the second
+  static constexpr int kFactorBoxBytes = kM * kBoxRow;
+  static constexpr int kLeftBytes = kLeftInRegisters ? 0 : kTiles * kFactorBoxBytes;
+  static constexpr int kRightBytes = kN * kN * 2;
+  // As measured: else 2 to 6 % slower at 2,048 rows, here 3 to 6 % faster.
+  static constexpr bool kWholeStores = kRows == 1 && kN2 > 64 && (kTiles == 1 || kTeams == 1);
+  static constexpr int kCodeBytes = kTransposed ? kN1 * kN2 : 0;  // of a team, on their way to memory
   static_assert(kN1 % 16 == 0 && kN2 % 32 == 0 && kTiles <= kBoxes && kTeams <= kMostTeams && kThreads <= kMostWarps * kWarp);
   static_assert(kRows == 1 || (kM == kTile && kN1 == 16 * kRowWarps));
+  static_assert(!kTransposed || (kRows == 1 && kN2 == kBoxRow && kCodeBytes % kAlignment == 0 && !kLeftInRegisters));
 };
 
 struct Shared {
@@ -177,6 +187,13 @@ struct Eight {
 
 // Two values as one word of Element.
 template <typename Element, typename Factor>
+__device__ __forceinline__ uint32_t pair_of_values(Factor low, Factor high) {
+  if constexpr (std::is_same_v<Element, Factor>)
+    return uint32_t(reinterpret_cast<const uint16_t&>(low)) | uint32_t(reinterpret_cast<const uint16_t&>(high)) << 16;
+  else
+    return pack<Element>(low, high);
+}
+template <typename Element, typename Factor>
 __device__ __forceinline__ uint32_t pair_of(const Eight<Factor>& low, int i, const Eight<Factor>& high, int j) {
   if constexpr (std::is_same_v<Element, Factor>)
     return low.bits(i) | high.bits(j) << 16;
@@ -187,7 +204,7 @@ __device__ __forceinline__ uint32_t pair_of(const Eight<Factor>& low, int i, con
 // Where the factors lie in shared memory, in bytes. Left: as the copy engine would put it, in boxes of 64 columns with swizzled rows.
 template <typename S>
 __device__ __forceinline__ int left_offset(int k, int m) {
-  return m / kTile * S::kBoxBytes + k * kBoxRow + (m % kTile / 8 ^ k % 8) * 16 + m % 8 * 2;
+  return m / kTile * S::kFactorBoxBytes + k * kBoxRow + (m % kTile / 8 ^ k % 8) * 16 + m % 8 * 2;
 }
 
 // Right: in matrices of eight columns by 16 bytes along K, the columns reordered: of 64 columns in memory (of kN2 % 64, in the last run)
@@ -198,6 +215,21 @@ __device__ __forceinline__ int right_offset(int k, int n) {
   const int thread = n % 64 / quarter, tile = n % 64 % quarter / 2;
   return (k / 8 * (S::kN2 / 8) + 8 * run + tile) * 128 + thread * 32 + n % 2 * 16 + k % 8 * 2;
 }
+
+// Transposed, right is what left is else: rows of T^T that a thread holds, eight apart, are neighbours in memory.
+template <typename S>
+__device__ __forceinline__ int transposed_right_offset(int k, int n) {
+  return left_offset<S>(k, n / 16 * 16 + n % 2 * 8 + n % 16 / 2);
+}
+template <typename S>
+__device__ __forceinline__ int transposed_left_offset(int k, int m) {
+  return (k / 8 * (S::kN / 8) + m / 8) * 128 + m % 8 * 16 + k % 8 * 2;
+}
+
+template <typename Factor>
+struct alignas(2 * sizeof(Factor)) Pair {
+  Factor a, b;
+};
 
 // Brings both factors to shared memory, zero where they are smaller than the shape. `then` is called once this thread's first loads are on
 // their way. Leaves the largest magnitudes of fp32 factors in shared.largest_factor.
@@ -285,6 +317,88 @@ __device__ __forceinline__ void store_factors(uint8_t* to_left, uint8_t* to_righ
   }
 }
 
+// The same, transposed.
+template <typename Element, typename Factor, typename S, typename Then>
+__device__ __forceinline__ void store_factors_transposed(uint8_t* to_left, uint8_t* to_right, Shared& shared, const Problem& problem,
+                                                         const Then& then) {
+  constexpr int kRuns = S::kN2 / 16;  // of sixteen columns, in a row of right
+  constexpr int kRightTasks = (S::kN2 * kRuns + S::kThreads - 1) / S::kThreads;
+  constexpr int kPairs = S::kN1 / 2;  // of columns of left, eight rows of which are a task
+  constexpr int kLeftTasks = (S::kN1 / 8 * kPairs + S::kThreads - 1) / S::kThreads;
+  const Factor* const left = static_cast<const Factor*>(problem.left);
+  const Factor* const right = static_cast<const Factor*>(problem.right);
+  const int n1 = problem.n1, n2 = problem.n2;
+  const bool pairs = n1 % 2 == 0 && reinterpret_cast<uintptr_t>(left) % sizeof(Pair<Factor>) == 0;
+  const bool vectors = reinterpret_cast<uintptr_t>(right) % 16 == 0;
+  Eight<Factor> runs[kRightTasks][2];
+  Pair<Factor> rows[kLeftTasks][8];
+#pragma unroll
+  for (int i = 0; i < kRightTasks; ++i) {
+    const int task = threadIdx.x + i * S::kThreads, k = task / kRuns, column = task % kRuns * 16;
+    const bool inside = k < n2 && column < n2;  // n2 is a multiple of 16
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if (vectors)
+        runs[i][j].load(right + k * n2 + column + 8 * j, inside);
+      else
+        runs[i][j].load_some(right + k * n2 + column + 8 * j, inside ? 8 : 0);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kLeftTasks; ++i) {
+    const int task = threadIdx.x + i * S::kThreads, k = task / kPairs * 8, m = task % kPairs * 2;
+    const Factor* const from = left + k * n1 + m;
+    const Factor zero = Factor(0.0f);
+    if (pairs) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        rows[i][j] = k + j < n1 && m < n1 ? *reinterpret_cast<const Pair<Factor>*>(from + j * n1) : Pair<Factor>{zero, zero};
+    } else {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        rows[i][j].a = k + j < n1 && m < n1 ? from[j * n1] : zero;
+        rows[i][j].b = k + j < n1 && m + 1 < n1 ? from[j * n1 + 1] : zero;
+      }
+    }
+  }
+  then();
+  float largest[2] = {0.0f, 0.0f};
+#pragma unroll
+  for (int i = 0; i < kRightTasks; ++i) {
+    const int task = threadIdx.x + i * S::kThreads, k = task / kRuns, column = task % kRuns * 16;
+    if (k >= S::kN2) break;
+    const Eight<Factor>&a = runs[i][0], &b = runs[i][1];
+    *reinterpret_cast<uint4*>(to_right + transposed_right_offset<S>(k, column)) = make_uint4(
+        pair_of<Element>(a, 0, a, 2), pair_of<Element>(a, 4, a, 6), pair_of<Element>(b, 0, b, 2), pair_of<Element>(b, 4, b, 6));
+    *reinterpret_cast<uint4*>(to_right + transposed_right_offset<S>(k, column + 1)) = make_uint4(
+        pair_of<Element>(a, 1, a, 3), pair_of<Element>(a, 5, a, 7), pair_of<Element>(b, 1, b, 3), pair_of<Element>(b, 5, b, 7));
+    if constexpr (sizeof(Factor) == 4) largest[1] = fmaxf(largest[1], fmaxf(a.largest(), b.largest()));
+  }
+#pragma unroll
+  for (int i = 0; i < kLeftTasks; ++i) {
+    const int task = threadIdx.x + i * S::kThreads, k = task / kPairs * 8, m = task % kPairs * 2;
+    if (k >= S::kN1) break;
+    uint4 a, b;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      (&a.x)[j] = pair_of_values<Element>(rows[i][2 * j].a, rows[i][2 * j + 1].a);
+      (&b.x)[j] = pair_of_values<Element>(rows[i][2 * j].b, rows[i][2 * j + 1].b);
+    }
+    *reinterpret_cast<uint4*>(to_left + transposed_left_offset<S>(k, m)) = a;
+    *reinterpret_cast<uint4*>(to_left + transposed_left_offset<S>(k, m + 1)) = b;
+    if constexpr (sizeof(Factor) == 4)
+#pragma unroll
+      for (int j = 0; j < 8; ++j) largest[0] = fmaxf(largest[0], fmaxf(fabsf(rows[i][j].a), fabsf(rows[i][j].b)));
+  }
+  if constexpr (sizeof(Factor) == 4) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t warps_largest = warp_largest(__float_as_uint(largest[i]));
+      if (threadIdx.x % kWarp == 0) shared.largest_factor[i][threadIdx.x / kWarp] = warps_largest;
+    }
+  }
+}
+
 // The same for fp32 factors that are not in fp16's range, times powers of two.
 template <typename S>
 __device__ void store_scaled_factors(uint8_t* to_left, uint8_t* to_right, const Problem& problem, float left_multiplier,
@@ -295,12 +409,15 @@ __device__ void store_scaled_factors(uint8_t* to_left, uint8_t* to_right, const 
   for (int i = threadIdx.x; i < problem.n1 * problem.n1; i += S::kThreads) {
     for (int row = 0; row < S::kRows; ++row) {
       const int k = row * S::kN1 + i / problem.n1, m = row * S::kN1 + i % problem.n1;
-      *reinterpret_cast<__half*>(to_left + left_offset<S>(k, m)) = __float2half_rn(left[i] * left_multiplier);
+      const int offset = S::kTransposed ? transposed_left_offset<S>(k, m) : left_offset<S>(k, m);
+      *reinterpret_cast<__half*>(to_left + offset) = __float2half_rn(left[i] * left_multiplier);
     }
   }
 #pragma unroll 1
-  for (int i = threadIdx.x; i < problem.n2 * problem.n2; i += S::kThreads)
-    *reinterpret_cast<__half*>(to_right + right_offset<S>(i / problem.n2, i % problem.n2)) = __float2half_rn(right[i] * right_multiplier);
+  for (int i = threadIdx.x; i < problem.n2 * problem.n2; i += S::kThreads) {
+    const int k = i / problem.n2, n = i % problem.n2, offset = S::kTransposed ? transposed_right_offset<S>(k, n) : right_offset<S>(k, n);
+    *reinterpret_cast<__half*>(to_right + offset) = __float2half_rn(right[i] * right_multiplier);
+  }
 }
 
 // Four codes, the low bytes of `codes`, in one word.
@@ -317,8 +434,16 @@ __device__ __forceinline__ uint32_t eight_nibbles(uint32_t low, uint32_t high) {
   return __byte_perm(low | low >> 4, high | high >> 4, 0x6420);
 }
 
-// 16, 8 (and half of that, packed) bytes.
-template <int kWords>
+// In assembly: of an ordinary store of 16 bytes the compiler (13.0) makes two of 8, each of which writes half of its sectors.
+__device__ __forceinline__ void store_vector(uint8_t* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+__device__ __forceinline__ void store_vector(uint8_t* to, uint32_t a, uint32_t b) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(a), "r"(b) : "memory");
+}
+
+// 16, 8 (and half of that, packed) bytes. kWhole: as one store each.
+template <bool kWhole, int kWords>
 __device__ __forceinline__ void store_words(uint8_t* to, const uint32_t (&words)[kWords], bool packed) {
   static_assert(kWords == 4 || kWords == 2);
   if (packed) {
@@ -326,6 +451,11 @@ __device__ __forceinline__ void store_words(uint8_t* to, const uint32_t (&words)
       *reinterpret_cast<uint2*>(to) = make_uint2(eight_nibbles(words[0], words[1]), eight_nibbles(words[2], words[3]));
     else
       *reinterpret_cast<uint32_t*>(to) = eight_nibbles(words[0], words[1]);
+  } else if constexpr (kWhole) {
+    if constexpr (kWords == 4)
+      store_vector(to, words[0], words[1], words[2], words[3]);
+    else
+      store_vector(to, words[0], words[1]);
   } else {
     if constexpr (kWords == 4)
       *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
@@ -340,7 +470,7 @@ struct Rounding {
 };
 
 // The codes of kWidth / 4 neighbouring columns in each of two rows.
-template <int kRun, int kWidth, int kRegisters>
+template <int kRun, int kWidth, bool kWhole, int kRegisters>
 __device__ __forceinline__ void store_run(const float (&t)[kRegisters], const Rounding& rounding, uint8_t* const (&rows)[2],
                                           const bool (&inside)[2], int column, bool packed) {
   constexpr int kWords = kWidth / 16;
@@ -356,21 +486,68 @@ __device__ __forceinline__ void store_run(const float (&t)[kRegisters], const Ro
         codes[i] = fmaf(share, rounding.levels, rounding.base);
       }
       words[w] = four_bytes(codes);
+      if constexpr (kWhole) asm volatile("" : "+r"(words[w]));  // else the arithmetic is there twice, before each way of storing
     }
-    if (inside[h]) store_words(rows[h] + (packed ? column / 2 : column), words, packed);
+    if (inside[h]) store_words<kWhole>(rows[h] + (packed ? column / 2 : column), words, packed);
   }
 }
 
-template <int kRun, int kN, int kRegisters>
+template <int kRun, int kN, bool kWhole, int kRegisters>
 __device__ __forceinline__ void store_runs(const float (&t)[kRegisters], const Rounding& rounding, uint8_t* const (&rows)[2],
                                            const bool (&inside)[2], int n2, int thread, bool packed) {
   if constexpr (64 * kRun < kN) {
     constexpr int kWidth = kN - 64 * kRun < 64 ? kN - 64 * kRun : 64;
     const int column = 64 * kRun + thread * (kWidth / 4);
     const bool both[2] = {inside[0] && column < n2, inside[1] && column < n2};
-    store_run<kRun, kWidth>(t, rounding, rows, both, column, packed);
-    store_runs<kRun + 1, kN>(t, rounding, rows, inside, n2, thread, packed);
+    store_run<kRun, kWidth, kWhole>(t, rounding, rows, both, column, packed);
+    store_runs<kRun + 1, kN, kWhole>(t, rounding, rows, inside, n2, thread, packed);
   }
+}
+
+// Four 8 x 8 matrices of 16-bit values, or two, transposed; each lane has the address of a row of 16 bytes.
+__device__ __forceinline__ void store_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+__device__ __forceinline__ void store_transposed(uint32_t address, uint32_t a, uint32_t b) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
+}
+
+// A warp's codes of T^T to a row of codes in shared memory, as the copy engine takes it: lines of 128 bytes, swizzled.
+template <typename S, int kRegisters>
+__device__ __forceinline__ void store_codes_transposed(const float (&t)[kRegisters], const Rounding& rounding, uint32_t to, int warp,
+                                                       int lane) {
+  const uint32_t address = to + lane * kBoxRow + (warp ^ lane % 8) * 16;
+#pragma unroll
+  for (int j = 0; j < S::kN1 / 8; j += 4) {
+    uint32_t words[4];
+#pragma unroll
+    for (int w = 0; w < 4 && j + w < S::kN1 / 8; ++w) {
+      float codes[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float share = multiply_add_saturate(t[4 * (j + w) + i / 2 + i % 2 * 2], rounding.multiplier, rounding.offset);
+        codes[i] = fmaf(share, rounding.levels, rounding.base);
+      }
+      words[w] = four_bytes(codes);
+    }
+    if (j + 4 <= S::kN1 / 8)
+      store_transposed(address + j * 8 * kBoxRow, words[0], words[1], words[2], words[3]);
+    else
+      store_transposed(address + j * 8 * kBoxRow, words[0], words[1]);
+  }
+}
+
+__device__ __forceinline__ void store_box(const CUtensorMap* map, const void* from, int32_t column, int32_t row, int32_t plane) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map), "r"(shared_address(from)),
+               "r"(column), "r"(row), "r"(plane)
+               : "memory");
+}
+
+// Until all but the newest kPending committed stores are done.
+template <int kPending>
+__device__ __forceinline__ void store_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 __device__ __forceinline__ float silu(float value) {
@@ -531,20 +708,21 @@ __device__ __forceinline__ uint32_t clear_not_finite(uint8_t* stage, uint32_t (&
   return found;
 }
 
-// `second` is the map of residual or up.
+// `second` is the map of residual or up; `third` of gamma, or of codes where T^T is computed.
 template <typename Element, typename S, PrologueKind kKind>
 __global__ void __launch_bounds__(S::kThreads, S::kRehearses ? 512 / S::kThreads : 1)
-    flat_quantize(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap second, const __grid_constant__ CUtensorMap gamma,
-                  const Problem problem) {
+    flat_quantize(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap second,
+                  const __grid_constant__ CUtensorMap third, const Problem problem) {
   constexpr int kStageBytes = kStageBytesOf<S, kKind>;
   constexpr bool kHalf = std::is_same_v<Element, __half>;
-  constexpr int kRegisters = S::kN2 / 2;
+  constexpr int kRegisters = S::kN / 2;
   constexpr uint32_t kInfinity = 0x7F800000;
   extern __shared__ __align__(kAlignment) uint8_t shared_memory[];
   uint8_t* const after_stages = shared_memory + problem.stages * kStageBytes;
   uint8_t* const gammas = after_stages;
   uint8_t* const left = S::kLeftInRegisters ? after_stages - kStageBytes : after_stages + kGammaBytesOf<S, kKind>;
-  uint8_t* const right = after_stages + kGammaBytesOf<S, kKind> + S::kLeftBytes;
+  uint8_t* const codes = after_stages + kGammaBytesOf<S, kKind> + S::kLeftBytes;
+  uint8_t* const right = codes + S::kTeams * S::kCodeBytes;
   const int team = threadIdx.x / S::kTeamThreads;
   let_next_begin();
   if (!problem.constant_factors) wait_for_work_before();
@@ -578,7 +756,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kRehearses ? 512 / S::kThreads
       for (int box = 0; box < S::kBoxes; ++box)
 #pragma unroll
         for (int part = 0; part < S::kRows; ++part)
-          copy_box(gammas + box * S::kBoxBytes + part * S::kN1 * kBoxRow, &gamma, &shared.gamma, box * kTile, 0, 0, Keep::kLastOut);
+          copy_box(gammas + box * S::kBoxBytes + part * S::kN1 * kBoxRow, &third, &shared.gamma, box * kTile, 0, 0, Keep::kLastOut);
     }
   }
   const float clip = problem.clip_ptr != nullptr ? *problem.clip_ptr : problem.clip;
@@ -594,10 +772,17 @@ __global__ void __launch_bounds__(S::kThreads, S::kRehearses ? 512 / S::kThreads
   const auto once_asked_for = [&] {
     if (!problem.constant_factors) fetch_first();
   };
-  if (problem.float_factors)
-    store_factors<Element, float, S>(left, right, shared, problem, once_asked_for);
-  else
-    store_factors<Element, Element, S>(left, right, shared, problem, once_asked_for);
+  if constexpr (S::kTransposed) {
+    if (problem.float_factors)
+      store_factors_transposed<Element, float, S>(right, left, shared, problem, once_asked_for);
+    else
+      store_factors_transposed<Element, Element, S>(right, left, shared, problem, once_asked_for);
+  } else {
+    if (problem.float_factors)
+      store_factors<Element, float, S>(left, right, shared, problem, once_asked_for);
+    else
+      store_factors<Element, Element, S>(left, right, shared, problem, once_asked_for);
+  }
   // A kernel's code comes from memory while it runs, which is most of what a single turn would wait for. So where x is not there yet, one turn
   // runs first on what the stage happens to hold, for a row that does not exist: it writes nothing.
   bool rehearsal = S::kRehearses && problem.constant_factors && turns == 1;
@@ -618,7 +803,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kRehearses ? 512 / S::kThreads
     const auto awkward = [](uint32_t bits) { return __uint_as_float(bits) > 32768.0f || __uint_as_float(bits) < 0.0078125f; };
     if (awkward(largest[0]) || awkward(largest[1])) {
       const int left_exponent = exponent_above(__uint_as_float(largest[0])), right_exponent = exponent_above(__uint_as_float(largest[1]));
-      store_scaled_factors<S>(left, right, problem, power_of_two(-left_exponent), power_of_two(-right_exponent));
+      store_scaled_factors<S>(S::kTransposed ? right : left, S::kTransposed ? left : right, problem, power_of_two(-left_exponent),
+                              power_of_two(-right_exponent));
       power = power_of_two(max(-126, min(127, left_exponent + right_exponent)));
       fence_async_shared();
       __syncthreads();
@@ -628,7 +814,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kRehearses ? 512 / S::kThreads
   if constexpr (S::kLeftInRegisters) {
     const int chunk = 2 * (warp % 4) + lane / 8 % 2;
     const uint32_t address =
-        shared_address(left) + warp / 4 * S::kBoxBytes + (lane / 16 * 8 + lane % 8) * kBoxRow + (chunk ^ lane % 8) * 16;
+        shared_address(left) + warp / 4 * S::kFactorBoxBytes + (lane / 16 * 8 + lane % 8) * kBoxRow + (chunk ^ lane % 8) * 16;
 #pragma unroll
     for (int s = 0; s < S::kLeftSteps; ++s) load_transposed(in_registers[s], address + s * 16 * kBoxRow);
     fence_async_shared();
@@ -640,6 +826,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kRehearses ? 512 / S::kThreads
   const int warp_row = 16 * (warp % S::kRowWarps);           // of T
   const int row = warp_row + lane / 4;                       // the first of this thread's two, eight apart
   const bool inside[2] = {row < problem.n1, row + 8 < problem.n1};
+  const int rows_of_t = S::kTransposed ? problem.n2 : problem.n1;
   const bool leads = threadIdx.x % S::kTeamThreads == 0;
   const int width = problem.packed ? problem.n1 * problem.n2 / 2 : problem.n1 * problem.n2;  // of a row's codes, in bytes
   const float least = problem.qmax * FLT_MIN;
@@ -649,8 +836,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kRehearses ? 512 / S::kThreads
   rounding.offset = problem.offset;
   rounding.base = problem.base;
 
-  const uint64_t left_descriptor = descriptor_transposed_128b(shared_address(left) + warp / 4 * S::kBoxBytes, S::kBoxBytes);
-  const uint64_t right_descriptor = descriptor_plain(shared_address(right), S::kN2 / 8 * 128, 128);
+  const uint64_t left_descriptor = descriptor_transposed_128b(shared_address(left) + warp / 4 * S::kFactorBoxBytes, S::kFactorBoxBytes);
+  const uint64_t right_descriptor = descriptor_plain(shared_address(right), S::kN / 8 * 128, 128);
 
   int stage = team, phase = 0, parity = 0;
   int attempt = rehearsal ? 2 : 0;  // at this turn's rows
@@ -660,7 +847,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kRehearses ? 512 / S::kThreads
   for (int turn = team; turn < turns;) {
     while (stage >= problem.stages) stage -= problem.stages, phase ^= 1;
     uint8_t* const x_stage = shared_memory + stage * kStageBytes;
-    const uint64_t x_descriptor = descriptor_transposed_128b(shared_address(x_stage), S::kBoxBytes);
+    const uint64_t x_descriptor =
+        S::kTransposed ? descriptor_128b(shared_address(x_stage)) : descriptor_transposed_128b(shared_address(x_stage), S::kBoxBytes);
     const int group = rehearsal ? groups : group_of(turn);
     if constexpr (kKind == PrologueKind::kRmsNorm) barrier_wait(&shared.gamma, 0);
     if (!rehearsal) barrier_wait(&shared.full[stage], phase);
@@ -680,10 +868,13 @@ __global__ void __launch_bounds__(S::kThreads, S::kRehearses ? 512 / S::kThreads
 #pragma unroll
     for (int s = 0; s < S::kLeftSteps; ++s) {
       constexpr int kStep = 16 * kBoxRow >> 4;
-      if constexpr (S::kLeftInRegisters)
-        Wgmma<Element, S::kN2>::template run<1>(z, in_registers[s], x_descriptor + s * kStep, s > 0);
+      if constexpr (S::kTransposed)
+        Wgmma<Element, S::kN>::template run<1, 0>(z, left_descriptor + s * kStep, x_descriptor + (s / 4 * S::kBoxBytes + s % 4 * 32 >> 4),
+                                                  s > 0);
+      else if constexpr (S::kLeftInRegisters)
+        Wgmma<Element, S::kN>::template run<1>(z, in_registers[s], x_descriptor + s * kStep, s > 0);
       else
-        Wgmma<Element, S::kN2>::template run<1, 1>(z, left_descriptor + s * kStep, x_descriptor + s * kStep, s > 0);
+        Wgmma<Element, S::kN>::template run<1, 1>(z, left_descriptor + s * kStep, x_descriptor + s * kStep, s > 0);
     }
     wgmma_commit();
     wgmma_wait<0>();
@@ -704,19 +895,20 @@ __global__ void __launch_bounds__(S::kThreads, S::kRehearses ? 512 / S::kThreads
     wgmma_fence();
 #pragma unroll
     for (int s = 0; s < S::kRightSteps; ++s)
-      Wgmma<Element, S::kN2>::template run<0>(t, rounded[s], right_descriptor + s * (2 * (S::kN2 / 8) * 128 >> 4), s > 0);
+      Wgmma<Element, S::kN>::template run<0>(t, rounded[s], right_descriptor + s * (2 * (S::kN / 8) * 128 >> 4), s > 0);
     wgmma_commit();
     wgmma_wait<0>();
     settle(t);
 
     float most[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (warp_row < problem.n1) {
+    if (warp_row < rows_of_t) {
 #pragma unroll
       for (int i = 0; i < kRegisters; ++i) most[i % 4] = larger_magnitude(most[i % 4], t[i]);
     }
     const uint32_t warps_largest =
         warp_largest(__float_as_uint(larger_magnitude(larger_magnitude(most[0], most[1]), larger_magnitude(most[2], most[3]))));
     if (lane == 0) shared.largest[parity][team][warp] = warps_largest;
+    if (S::kTransposed && leads) store_wait_read<0>();  // the codes' place is free
     named_barrier(kTeamBarrier + team, S::kTeamThreads);
     uint32_t largest[S::kRows] = {};
 #pragma unroll
@@ -755,12 +947,25 @@ __global__ void __launch_bounds__(S::kThreads, S::kRehearses ? 512 / S::kThreads
       const float step = __fdiv_rn(product, problem.qmax);
       problem.scale[index] = zero ? 1.0f : step <= FLT_MAX ? step : __uint_as_float(0x7FC00000);
     }
-    if (warp_row < problem.n1 && present) {
+    if constexpr (S::kTransposed) {
+      uint8_t* const place = codes + team * S::kCodeBytes;
+      if (warp_row < rows_of_t) store_codes_transposed<S>(t, rounding, shared_address(place), warp, lane);
+      fence_async_shared();
+      if (warp == 0) {
+        named_barrier(kTeamBarrier + kMostTeams + team, S::kTeamThreads);
+        if (leads) {
+          store_box(&third, place, 0, 0, group);
+          store_commit();
+        }
+      } else {
+        named_barrier_arrive(kTeamBarrier + kMostTeams + team, S::kTeamThreads);
+      }
+    } else if (warp_row < problem.n1 && present) {
       uint8_t* const first = problem.q + index * width;
       const int offset = row * problem.n2, next = 8 * problem.n2;
       uint8_t* const rows[2] = {first + (problem.packed ? offset / 2 : offset),
                                 first + (problem.packed ? (offset + next) / 2 : offset + next)};
-      store_runs<0, S::kN2>(t, rounding, rows, inside, problem.n2, lane % 4, problem.packed);
+      store_runs<0, S::kN2, S::kWholeStores>(t, rounding, rows, inside, problem.n2, lane % 4, problem.packed);
     }
     attempt = 0;
     not_finite = 0;
@@ -775,11 +980,13 @@ __global__ void __launch_bounds__(S::kThreads, S::kRehearses ? 512 / S::kThreads
 #pragma unroll
     for (int r = 0; r < S::kRows; ++r) lift[r] = 0;
   }
+  if (S::kTransposed && leads) store_wait<0>();
 }
 
 template <typename S, PrologueKind kKind>
 constexpr int shared_bytes(int stages) {
-  return stages * kStageBytesOf<S, kKind> + kGammaBytesOf<S, kKind> + S::kLeftBytes + S::kRightBytes + int(sizeof(Shared));
+  return stages * kStageBytesOf<S, kKind> + kGammaBytesOf<S, kKind> + S::kLeftBytes + S::kRightBytes + S::kTeams * S::kCodeBytes +
+         int(sizeof(Shared));
 }
 
 // As many for each team: who waits for a stage is then who emptied it, so that nobody can take one arrival of rows for the next.
@@ -790,10 +997,10 @@ int stages_for(const Device& device) {
   return stages;
 }
 
-// Calls `function` with the shape that takes n1 x n2; where kFew, with one team that works on one row at a time: it finds room beside the
-// product before it, and its factors are in place when x is.
+// Calls `function` with the shape that takes n1 x n2, a transposed one where there is one and it is wanted; where kFew, with one team that
+// works on one row at a time: it finds room beside the product before it, and its factors are in place when x is.
 template <PrologueKind kKind, bool kFew, typename Function>
-auto with_shape(int n1, int n2, const Function& function) {
+auto with_shape(int n1, int n2, bool transposed, const Function& function) {
   constexpr int kFour = kFew ? 1 : 4, kPair = kFew ? 1 : 2;
   if constexpr (kKind != PrologueKind::kSiluMul) {
     if (n2 <= 64 && n1 <= 32) return function(Shape<32, 64, kPair, kFour>());
@@ -808,6 +1015,7 @@ auto with_shape(int n1, int n2, const Function& function) {
   if constexpr (kKind != PrologueKind::kRmsNorm) {
     if (n1 > 112) return function(Shape<128, 128, 1, 2>());
     if (n1 > 96) return function(Shape<112, 128, 1, 2>());
+    if (n1 > 64 && transposed) return function(Shape<96, 128, 1, 2, false, true>());
     if (n1 > 64) return function(Shape<96, 128, 1, 2>());
   }
   return function(Shape<64, 128, 1, kFour>());
@@ -816,6 +1024,7 @@ auto with_shape(int n1, int n2, const Function& function) {
 constexpr int kLargestN1 = 128, kLargestN2 = 224;
 constexpr int kLargestNormN1 = 64, kLargestPrologueN2 = 128;
 constexpr int kFewRows = 32;  // that leave room for more than a block to a multiprocessor, and have one turn
+constexpr int kTransposedRows = 1024;  // from which on it is faster, though its factors take longer to lay out
 constexpr int kSharedMemory = 232448;  // that compute capability 9.0 has for a block
 
 const char* fits(const fq_flat_quantize_params& params, const Prologue& prologue, const Device& device) {
@@ -844,7 +1053,7 @@ fq_status make_row_map(CUtensorMap* map, const fq_flat_quantize_params& params, 
 template <typename Element, typename S, PrologueKind kKind>
 fq_status launch_shape(const fq_flat_quantize_params& params, const Prologue& prologue, Problem problem, const Device& device,
                        cudaStream_t stream) {
-  CUtensorMap x, second = {}, gamma = {};
+  CUtensorMap x, second = {}, third = {};
   const auto make_map = [&](CUtensorMap* map, const void* data, int64_t stride) {
     return make_row_map<Element, S>(map, params, data, stride, params.rows, S::kRows);
   };
@@ -857,7 +1066,14 @@ fq_status launch_shape(const fq_flat_quantize_params& params, const Prologue& pr
   if (problem.second)
     if (const fq_status status = make_map(&second, other, stride)) return status;
   if (kKind == PrologueKind::kRmsNorm)
-    if (const fq_status status = make_row_map<Element, S>(&gamma, params, prologue.norm->gamma, params.k, 1, 1)) return status;
+    if (const fq_status status = make_row_map<Element, S>(&third, params, prologue.norm->gamma, params.k, 1, 1)) return status;
+
+  if (S::kTransposed) {
+    const cuuint64_t n1 = cuuint64_t(params.n1), n2 = cuuint64_t(params.n2);
+    if (const fq_status status = make_tensor_map<3>(&third, problem.q, CU_TENSOR_MAP_DATA_TYPE_UINT8, {n2, n1, cuuint64_t(params.rows)},
+                                                    {n2, n1 * n2}, {S::kN2, S::kN1, 1}, CU_TENSOR_MAP_SWIZZLE_128B))
+      return status;
+  }
 
   static_assert(shared_bytes<S, kKind>(S::kLeftInRegisters ? 2 : S::kTeams) <= kSharedMemory, "there is room for x");
   const int groups = (problem.rows + S::kRows - 1) / S::kRows;
@@ -866,7 +1082,7 @@ fq_status launch_shape(const fq_flat_quantize_params& params, const Prologue& pr
   const int turns = (groups + blocks - 1) / blocks + (S::kLeftInRegisters ? 1 : 0);
   problem.stages = std::min(stages_for<S, kKind>(device), turns);
   const Launch launch = {dim3(unsigned(blocks)), dim3(1), S::kThreads, shared_bytes<S, kKind>(problem.stages), problem.constant_factors};
-  return launch_kernel("FlatQuantize wgmma_f16", flat_quantize<Element, S, kKind>, launch, stream, x, second, gamma, problem);
+  return launch_kernel("FlatQuantize wgmma_f16", flat_quantize<Element, S, kKind>, launch, stream, x, second, third, problem);
 }
 
 template <PrologueKind kKind>
@@ -877,7 +1093,11 @@ fq_status launch_kind(const fq_flat_quantize_params& params, const Prologue& pro
     return params.dtype == FQ_FLOAT16 ? launch_shape<__half, S, kKind>(params, prologue, problem, device, stream)
                                       : launch_shape<__nv_bfloat16, S, kKind>(params, prologue, problem, device, stream);
   };
-  return params.rows <= kFewRows ? with_shape<kKind, true>(params.n1, params.n2, launch) : with_shape<kKind, false>(params.n1, params.n2, launch);
+  // Factors that are not constant are waited for: the more threads bring them the better, unless they come for two rows at once.
+  const bool few = params.rows <= kFewRows && (params.constant_factors || params.n1 <= 32);
+  const bool transposed = params.rows >= kTransposedRows && !problem.packed;
+  return few ? with_shape<kKind, true>(params.n1, params.n2, transposed, launch)
+             : with_shape<kKind, false>(params.n1, params.n2, transposed, launch);
 }
 
 fq_status launch(const fq_flat_quantize_params& params, const Prologue& prologue, const Device& device, cudaStream_t stream) {
