@@ -75,19 +75,20 @@ def divergence(net: Network, store: SolutionStore, data: Samples) -> float:
 
 
 def test_predictions_come_closer_than_by_blocks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    net, data, unseen = language_model(), samples(64), samples(16, seed=1)
-    blocks = solved(net, ["logits"], data, tmp_path / "blocks", LONG, Recipe(reconstruct="block", weights="rtn"))
+    net, data, unseen = language_model(), samples(256), samples(16, seed=1)
+    longer = replace(LONG, model_steps=150)  # over three seeds the divergence falls to 0.73 to 0.83 of that by blocks
+    blocks = solved(net, ["logits"], data, tmp_path / "blocks", longer, Recipe(reconstruct="block", weights="rtn"))
     with caplog.at_level(logging.INFO):
-        whole = solved(net, ["logits"], data, tmp_path / "whole", LONG)
+        whole = solved(net, ["logits"], data, tmp_path / "whole", longer)
     said = [line for line in caplog.messages if line.startswith("whole model")]
     assert len(said) == 4
     first = float(said[-1].split()[-2])
     # What is said of the samples held out is what the built model shows there.
-    held_out = Samples(data[4 * HELD_OUT - 4 : 4 * HELD_OUT])
+    held_out = Samples(feed for index, feed in enumerate(data) if index // 4 % HELD_OUT == HELD_OUT - 1)
     best = min(float(line.split()[2]) for line in said)
     assert best < first
     assert divergence(net, whole, held_out) == pytest.approx(best, rel=0.05)
-    assert divergence(net, whole, unseen) < 0.95 * divergence(net, blocks, unseen)
+    assert divergence(net, whole, unseen) < 0.9 * divergence(net, blocks, unseen)
 
 
 def test_what_does_worse_on_samples_held_out_is_not_kept(tmp_path: Path) -> None:
