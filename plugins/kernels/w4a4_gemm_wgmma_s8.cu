@@ -482,10 +482,6 @@ __global__ void __launch_bounds__(kConsumers + 128, 1)
       }
 
       if constexpr (kGrouped) ask();
-      // Else the compiler keeps the epilogue's addresses in registers all the time, and large tiles lack those.
-      int epilogue_thread = thread;
-      if constexpr (kGrouped && kTokens > 128) asm volatile("" : "+r"(epilogue_thread));
-      const int lane = epilogue_thread % 32, quad = lane % 4;
 #pragma unroll
       for (int i = 0; i < (kTokens + 127) / 128; ++i)
         if (thread + 128 * i < kTokens) shared.scale[consumer][thread + 128 * i] = token_scale[i];
@@ -521,7 +517,7 @@ __global__ void __launch_bounds__(kConsumers + 128, 1)
             if (p.dtype != FQ_FLOAT) {
               // Lane l names row l % 8 of matrix l / 8: a token's eight channels, 16 bytes of its swizzled 128-byte row.
               const int token = (j + lane / 16) * 8 + lane % 8;
-              const int piece = epilogue_thread / 32 * 2 + lane / 8 % 2;
+              const int piece = thread / 32 * 2 + lane / 8 % 2;
               store_matrices_transposed(shared_address(out) + token * 128 + ((piece ^ (token % 8)) * 16), pairs);
             }
           }
