@@ -143,6 +143,10 @@ class Recipe:
         plain = scheme == "w8a16" and scheme != self.scheme
         return replace(self, scheme=scheme, schemes=(), transform="none" if plain else self.transform)
 
+    def alone(self) -> Recipe:
+        """The same recipe for groups that are each solved for their own output."""
+        return replace(self, reconstruct="group", augment=0)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, for the manifest; ``Recipe.from_dict`` reads it back."""
         return asdict(self) | {"keep": list(self.keep), "schemes": dict(self.schemes)}

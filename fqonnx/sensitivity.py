@@ -153,7 +153,7 @@ def sensitivity(
     from fqonnx.build import Clock, Data, FloatModel, observe_groups, require_device
     from fqonnx.report.mixed_html import save_page
 
-    recipe, progress = replace(recipe or Recipe(), schemes=(), kv="none", reconstruct="group", augment=0), progress or Silent()
+    recipe, progress = replace((recipe or Recipe()).alone(), schemes=(), kv="none"), progress or Silent()
     check_schemes(schemes)
     require_device(device)
     clock = Clock()
@@ -317,7 +317,7 @@ def choose_for_build(
         UsageError: Nothing is within the bound, or ``mix.known`` is of another model or recipe.
     """
     if mix.known is None:
-        alone = replace(recipe, reconstruct="group", augment=0)
+        alone = recipe.alone()
         report = analyse(
             float_model, data, alone, mix.schemes, stats, workdir, samples=mix.samples, estimate=False, device=device, progress=progress,
             clock=clock,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fqonnx.causality import alike_before_the_end, with_other_end
 from fqonnx.metrics import LogitsDivergence, Perplexity, is_floating
 from fqonnx.report.data import LanguageReport
 from fqonnx.verify.comparison import polygraphy_errors
@@ -113,14 +114,10 @@ def perplexity_failures(language: LanguageReport | None, bound: float | None) ->
 
 def _is_causal(runner: BaseRunner, feeds: Feeds, ids: str, name: str, logits: Array) -> bool:
     """Whether another last token leaves the logits before it as they are."""
-    changed = np.array(feeds[ids])
-    changed[:, -1] = np.where(changed[:, -1] > 0, changed[:, -1] - 1, 1)
-    probe = OrderedDict({**feeds, ids: changed})
+    probe = OrderedDict({**feeds, ids: with_other_end(feeds[ids])})
     with polygraphy_errors("the data do not fit the model"):
         outputs = runner.alone(probe) if isinstance(runner, StreamedRunner) else runner.infer(probe)
-    before, after = logits[:, :-1].astype(np.float64), outputs[name][:, :-1].astype(np.float64)
-    # Equal up to rounding: the same shapes take the same kernels, but blocks of a matrix product may be summed in another order.
-    return bool(np.allclose(before, after, rtol=1e-3, atol=1e-4 * float(np.abs(before).max(initial=0.0))))
+    return alike_before_the_end(logits, outputs[name])
 
 
 def _table_rows(model: ir.Model, name: str) -> set[int]:
