@@ -231,6 +231,15 @@ struct alignas(2 * sizeof(Factor)) Pair {
   Factor a, b;
 };
 
+// Leaves the largest magnitudes that a warp's threads have met in left and in right.
+__device__ __forceinline__ void note_largest(Shared& shared, const float (&largest)[2]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t warps_largest = warp_largest(__float_as_uint(largest[i]));
+    if (threadIdx.x % kWarp == 0) shared.largest_factor[i][threadIdx.x / kWarp] = warps_largest;
+  }
+}
+
 // Brings both factors to shared memory, zero where they are smaller than the shape. `then` is called once this thread's first loads are on
 // their way. Leaves the largest magnitudes of fp32 factors in shared.largest_factor.
 template <typename Element, typename Factor, typename S, typename Then>
@@ -308,13 +317,7 @@ __device__ __forceinline__ void store_factors(uint8_t* to_left, uint8_t* to_righ
       }
     }
   }
-  if constexpr (sizeof(Factor) == 4) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t warps_largest = warp_largest(__float_as_uint(largest[i]));
-      if (threadIdx.x % kWarp == 0) shared.largest_factor[i][threadIdx.x / kWarp] = warps_largest;
-    }
-  }
+  if constexpr (sizeof(Factor) == 4) note_largest(shared, largest);
 }
 
 // The same, transposed.
@@ -390,13 +393,7 @@ __device__ __forceinline__ void store_factors_transposed(uint8_t* to_left, uint8
 #pragma unroll
       for (int j = 0; j < 8; ++j) largest[0] = fmaxf(largest[0], fmaxf(fabsf(rows[i][j].a), fabsf(rows[i][j].b)));
   }
-  if constexpr (sizeof(Factor) == 4) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t warps_largest = warp_largest(__float_as_uint(largest[i]));
-      if (threadIdx.x % kWarp == 0) shared.largest_factor[i][threadIdx.x / kWarp] = warps_largest;
-    }
-  }
+  if constexpr (sizeof(Factor) == 4) note_largest(shared, largest);
 }
 
 // The same for fp32 factors that are not in fp16's range, times powers of two.
